@@ -1,0 +1,114 @@
+"""fedsparse: sparse federated training with methods as plugins.
+
+What a plugin needs is here: `from fedsparse import Method, Part, hookimpl`. Names load when first used, so
+that importing fedsparse imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import Field
+
+    from .core import masks, optim, rng, schedule
+    from .core.budget import Budget
+    from .core.errors import ConfigError, FedsparseError, RunError
+    from .core.hookspecs import hookimpl
+    from .core.ledger import Traffic
+    from .core.loss import ClientLoss, Probe
+    from .core.method import Method
+    from .core.part import Part
+    from .core.state import (
+        Aggregated,
+        Batch,
+        Carry,
+        Clock,
+        Frozen,
+        Masks,
+        Memory,
+        Params,
+        Readjusted,
+        Scores,
+        Stepped,
+        Sums,
+    )
+
+_HOMES = {
+    "masks": ".core",
+    "optim": ".core",
+    "rng": ".core",
+    "schedule": ".core",
+    "Budget": ".core.budget",
+    "ConfigError": ".core.errors",
+    "FedsparseError": ".core.errors",
+    "RunError": ".core.errors",
+    "hookimpl": ".core.hookspecs",
+    "Traffic": ".core.ledger",
+    "ClientLoss": ".core.loss",
+    "Probe": ".core.loss",
+    "Method": ".core.method",
+    "Part": ".core.part",
+    "Field": "pydantic",
+    **dict.fromkeys(
+        [
+            "Aggregated",
+            "Batch",
+            "Carry",
+            "Clock",
+            "Frozen",
+            "Masks",
+            "Memory",
+            "Params",
+            "Readjusted",
+            "Scores",
+            "Stepped",
+            "Sums",
+        ],
+        ".core.state",
+    ),
+}
+
+__all__ = [
+    "Aggregated",
+    "Batch",
+    "Budget",
+    "Carry",
+    "ClientLoss",
+    "Clock",
+    "ConfigError",
+    "FedsparseError",
+    "Field",
+    "Frozen",
+    "Masks",
+    "Memory",
+    "Method",
+    "Params",
+    "Part",
+    "Probe",
+    "Readjusted",
+    "RunError",
+    "Scores",
+    "Stepped",
+    "Sums",
+    "Traffic",
+    "hookimpl",
+    "masks",
+    "optim",
+    "rng",
+    "schedule",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedsparse' has no attribute {name!r}")
+    home = _HOMES[name]
+    if home == ".core":
+        return import_module(f".core.{name}", __name__)
+    return getattr(import_module(home, __name__ if home.startswith(".") else None), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,138 @@
+"""`fedsparse`: the commands. Modules that need torch are imported inside them, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from ..core.errors import ConfigError, FedsparseError
+from .options import CONFIG, PLUGIN, SWAP, Settings, settings
+
+
+class Group(click.Group):
+    """Turns errors made for users into one message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except FedsparseError as error:
+            show_error(error)
+            ctx.exit(error.exit_code)
+
+
+def show_error(error: FedsparseError) -> None:
+    """The message on standard error, without a traceback."""
+    if isinstance(error, ConfigError) and len(error.problems) > 1:
+        click.secho(f"Error: {len(error.problems)} problems in the configuration", fg="red", err=True)
+        for problem in error.problems:
+            click.echo(f"  - {problem}", err=True)
+    else:
+        click.secho("Error: ", fg="red", nl=False, err=True)
+        click.echo(str(error), err=True)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fedsparse")
+def main() -> None:
+    """Sparse federated training: methods as plugins, equal budgets, honest bytes.
+
+    \b
+    fedsparse run --plugin pffdst                          train on the digits, 50 non-IID clients
+    fedsparse run --plugin pffdst --swap readjust=feddst   swap one slot of the method
+    fedsparse plugins                                      what is installed
+    fedsparse config show --plugin pffdst                  every setting and where it comes from
+    """
+
+
+@main.command()
+@settings
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the results, new or empty. Default: a new one under runs/.",
+)
+@click.option("--quiet", "-q", is_flag=True, help="Print only the summary.")
+def run(chosen: Settings, out: Path | None, quiet: bool) -> None:
+    """Train with a method and write metrics, model and mask to a folder.
+
+    \b
+    fedsparse run --plugin feddst --set federation.rounds=100 --set sparsity.target=0.9
+    fedsparse run --plugin pffdst --config cifar10-lenet --set task.data_root=/data
+    fedsparse run --plugin ./mine.py --seed 1
+    """
+    from ..core import runner
+    from .view import choose_view
+
+    resolved = chosen.resolve()
+    view = choose_view(quiet)
+    with view:
+        summary = runner.run(resolved, out, view.begin, view.round)
+    view.end(summary)
+    if summary["interrupted"]:
+        sys.exit(130)
+
+
+@main.group(invoke_without_command=True)
+@click.pass_context
+def plugins(ctx: click.Context) -> None:
+    """List the installed plugins, their parts by slot, and load failures."""
+    if ctx.invoked_subcommand is None:
+        from .describe import show_plugins
+
+        show_plugins()
+
+
+@plugins.command("show")
+@click.argument("plugin", type=PLUGIN)
+def plugins_show(plugin: str) -> None:
+    """A plugin's parts: slot, fields with defaults, ranges and descriptions."""
+    from .describe import show_plugin
+
+    show_plugin(plugin)
+
+
+@main.group()
+def config() -> None:
+    """Look at configurations without running them."""
+
+
+@config.command("show")
+@settings
+def config_show(chosen: Settings) -> None:
+    """The complete configuration as TOML, each value with its source."""
+    resolved = chosen.resolve()
+    click.echo(resolved.toml(provenance=True), nl=False)
+
+
+@config.command("schema")
+@settings
+def config_schema(chosen: Settings) -> None:
+    """JSON schema of the configuration file, with the chosen method's parts."""
+    import json
+
+    from ..core.resolve import schema
+
+    click.echo(json.dumps(schema(chosen.resolve()), indent=2))
+
+
+@config.command("validate")
+@click.argument("file", type=CONFIG)
+@click.option("--plugin", type=PLUGIN, help="Method to validate it for, if the file names none.")
+@click.option("--swap", "swaps", multiple=True, type=SWAP, help="SLOT=PLUGIN, as for run.")
+def config_validate(file: str, plugin: str | None, swaps: tuple[str, ...]) -> None:
+    """Check a configuration (a TOML file or a preset) and report every problem in it."""
+    resolved = Settings(plugin, (file,), swaps).resolve()
+    click.echo(f"{file} is valid for the method {resolved.method.name}")
+
+
+@config.command("list")
+def config_list() -> None:
+    """The shipped presets, for --config."""
+    from ..core.config import preset_names
+
+    names = preset_names()
+    width = max(map(len, names))
+    for name, line in names.items():
+        click.echo(f"{name:<{width}}  {line}")

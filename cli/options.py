@@ -1,0 +1,132 @@
+"""Options that several commands share, with shell completion that imports no plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from ..core.registry import Registry
+
+if TYPE_CHECKING:
+    from ..core.resolve import Resolved
+
+
+class PluginType(click.ParamType):
+    """A plugin's name, or the path of a Python file."""
+
+    name = "plugin"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        if "/" in incomplete or incomplete.startswith("."):
+            return [CompletionItem(incomplete, type="file")]
+        return _starting(incomplete, Registry().names())
+
+
+class ConfigType(click.ParamType):
+    """A shipped preset's name, or the path of a TOML file."""
+
+    name = "preset|file"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from ..core.config import preset_names
+
+        return _starting(incomplete, preset_names()) or [CompletionItem(incomplete, type="file")]
+
+
+class SwapType(click.ParamType):
+    """SLOT=PLUGIN or SLOT=PLUGIN:Part."""
+
+    name = "slot=plugin"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from ..core.hookspecs import SLOTS
+
+        slot, equals, plugin = incomplete.partition("=")
+        if not equals:
+            return _starting(slot, [f"{name}=" for name in SLOTS])
+        return _starting(incomplete, [f"{slot}={name}" for name in Registry().names()])
+
+
+def _starting(incomplete: str, names: Any) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+PLUGIN, CONFIG, SWAP = PluginType(), ConfigType(), SwapType()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the options of `settings` said."""
+
+    plugin: str | None = None
+    configs: tuple[str, ...] = ()
+    swaps: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
+    seed: int | None = None
+    registry: Registry = field(default_factory=Registry)
+
+    def resolve(self) -> Resolved:
+        """The validated run. Raises ConfigError with every problem."""
+        from ..core.config import Layer
+        from ..core.resolve import resolve
+
+        layers = [] if self.seed is None else [Layer("--seed", {"seed": self.seed})]
+        return resolve(
+            self.plugin, self.configs, self.swaps, self.sets, layers=layers, registry=self.registry
+        )
+
+
+def settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options that choose a configuration; the command gets them as `chosen`."""
+
+    def gathered(
+        plugin: str | None,
+        configs: tuple[str, ...],
+        swaps: tuple[str, ...],
+        sets: tuple[str, ...],
+        seed: int | None,
+        **others: Any,
+    ) -> Any:
+        return command(Settings(plugin, configs, swaps, sets, seed), **others)
+
+    gathered.__doc__, gathered.__name__ = command.__doc__, command.__name__
+    gathered.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    decorators = [
+        click.option("--plugin", "-p", type=PLUGIN, help="Method: an installed plugin, or ./file.py."),
+        click.option(
+            "--config",
+            "-c",
+            "configs",
+            multiple=True,
+            type=CONFIG,
+            help="Preset or TOML file; several: later wins.",
+        ),
+        click.option(
+            "--swap",
+            "swaps",
+            multiple=True,
+            type=SWAP,
+            help="Fill a slot with another plugin's part: readjust=feddst or readjust=feddst:Regrow.",
+        ),
+        click.option(
+            "--set",
+            "sets",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change one setting: federation.rounds=100.",
+        ),
+        click.option("--seed", type=click.IntRange(0), help="Seed of every random draw."),
+    ]
+    for decorate in reversed(decorators):
+        gathered = decorate(gathered)
+    return gathered

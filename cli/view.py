@@ -1,0 +1,161 @@
+"""What a run shows: a live view on a terminal, plain lines elsewhere, only the summary if quiet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..core.engine import Engine, Report
+from ..core.hookspecs import SLOTS
+from ..core.tracking import RunFolder
+
+MEGABYTE = 1e6
+
+
+class View:
+    """Prints the summary at the end; subclasses say more on the way."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+        self.folder: RunFolder | None = None
+
+    def __enter__(self) -> View:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def begin(self, engine: Engine, folder: RunFolder) -> None:
+        """Once, before the first round."""
+        self.folder = folder
+
+    def round(self, report: Report) -> None:
+        """After each round."""
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """The summary table and where the results are."""
+        assert self.folder is not None
+        final, best = summary["final"], summary["best"]
+        table = Table(title="interrupted; recorded so far" if summary["interrupted"] else None)
+        for heading in ("", "final", "best"):
+            table.add_column(heading, justify="left" if not heading else "right")
+        for name, label, show in ROWS:
+            if name in final or name in best:
+                values = [show(row[name]) if name in row else "" for row in (final, best)]
+                table.add_row(label, *values)
+        table.add_row("nonzero parameters", f"{summary['nonzero']:,} of {summary['parameters']:,}", "")
+        table.add_row("wall time", f"{summary['wall_seconds']:.1f} s", "")
+        self.console.print(table)
+        self.console.print(f"Results: {self.folder.path}", soft_wrap=True)
+
+
+class Lines(View):
+    """A header, then one line for each evaluated round."""
+
+    def begin(self, engine: Engine, folder: RunFolder) -> None:
+        super().begin(engine, folder)
+        for line in header(engine, folder):
+            self.console.print(line, soft_wrap=True)
+
+    def round(self, report: Report) -> None:
+        if "test_accuracy" in report.metrics:
+            self.console.print(status(report.metrics), soft_wrap=True)
+
+
+class Live(Lines):
+    """A header, a progress bar over rounds, and the latest figures beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, Any] = {}
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+        )
+
+    def begin(self, engine: Engine, folder: RunFolder) -> None:
+        super().begin(engine, folder)
+        rounds = engine.config.federation.rounds
+        self.bar = self.progress.add_task(engine.hooks.method.name, total=rounds, figures="")
+        self.progress.start()
+
+    def round(self, report: Report) -> None:
+        self.seen |= report.metrics
+        self.progress.update(self.bar, advance=1, figures=figures(self.seen))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+
+def choose_view(quiet: bool) -> View:
+    """Live on a terminal, lines elsewhere."""
+    if quiet:
+        return View()
+    return Live() if Console().is_terminal else Lines()
+
+
+def header(engine: Engine, folder: RunFolder) -> list[str]:
+    """What runs, in a few lines."""
+    config, task, resolved = engine.config, engine.task, folder.resolved
+    sizes, federation = task.partition.train_sizes, config.federation
+    parts = ", ".join(f"{slot}={resolved.uses[f'method.{slot}']}" for slot in SLOTS)
+    weights = sum(layer.weights for layer in task.layers)
+    lines = [
+        f"[bold]{resolved.method.name}[/bold]  {parts}",
+        f"task    {resolved.uses['task.dataset']}, {task.partition.clients} clients with {sizes.min()} to "
+        f"{sizes.max()} samples ({resolved.uses['task.partition']}), {federation.clients_per_round} a round",
+        f"model   {resolved.uses['task.model']}, {weights:,} prunable weights, target sparsity "
+        f"{config.sparsity.target:g} ({config.sparsity.allocation})",
+        f"run     {federation.rounds} rounds on {task.device}, seed {config.seed}, into {folder.path}",
+    ]
+    unused = federation.clients - task.partition.clients
+    if unused:
+        lines.append(f"note    {unused} clients got no training or no test samples and are left out")
+    return lines + [f"[yellow]note    {line}[/yellow]" for line in resolved.dropped]
+
+
+def figures(metrics: Mapping[str, Any]) -> str:
+    """Accuracy, sparsity and traffic in one line."""
+    accuracy = f"accuracy {metrics['test_accuracy']:.3f}  " if "test_accuracy" in metrics else ""
+    up, down = metrics["upload_bytes_total"] / MEGABYTE, metrics["download_bytes_total"] / MEGABYTE
+    frozen = f"  frozen {metrics['frozen_fraction']:.2f}" if metrics["frozen_fraction"] else ""
+    return f"{accuracy}sparsity {metrics['sparsity']:.3f}{frozen}  MB up {up:.1f} down {down:.1f}"
+
+
+def status(metrics: Mapping[str, Any]) -> str:
+    """A plain line of an evaluated round."""
+    return f"round {metrics['round'] + 1:>5}  loss {metrics['train_loss']:.4f}  {figures(metrics)}"
+
+
+def _fraction(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / MEGABYTE:,.2f} MB"
+
+
+ROWS = (
+    ("round", "rounds played", lambda value: f"{value + 1}"),
+    ("test_accuracy", "test accuracy (pooled)", _fraction),
+    ("client_accuracy", "client accuracy (mean)", _fraction),
+    ("test_loss", "test loss", _fraction),
+    ("sparsity", "sparsity", _fraction),
+    ("upload_bytes_total", "uploaded", _megabytes),
+    ("download_bytes_total", "downloaded", _megabytes),
+    ("paper_bytes_total", "both, by the paper's formula", _megabytes),
+    ("flops_total", "training FLOPs", lambda value: f"{value:.3g}"),
+)

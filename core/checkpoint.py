@@ -1,0 +1,90 @@
+"""Checkpoints: the whole state of a run in a folder of two files, safetensors and JSON, written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import RunError
+from .state import ServerState
+
+FORMAT = 1
+
+
+def save(folder: Path, state: ServerState, ledger: dict[str, Any]) -> None:
+    """Writes a checkpoint into `folder`, replacing the one there only when the new one is complete."""
+    tensors: dict[str, Tensor] = {}
+    plain = {
+        "format": FORMAT,
+        "round": state.round,
+        "state": _split(
+            {
+                "ledger": ledger,
+                "params": state.params,
+                "buffers": state.buffers,
+                "mask": state.mask,
+                "frozen": state.frozen,
+                "memory": state.memory,
+                "rows": {str(client): row for client, row in state.rows.items()},
+            },
+            "",
+            tensors,
+        ),
+    }
+    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    save_file(tensors, fresh / "tensors.safetensors")
+    with (fresh / "state.json").open("w", encoding="utf-8") as file:
+        json.dump(plain, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if folder.exists():  # a kill between the two renames leaves the old one, whole
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(folder: Path, device: torch.device | str = "cpu") -> tuple[ServerState, dict[str, Any]]:
+    """The state and the ledger's of the last good checkpoint. Raises RunError if there is none to read."""
+    old = folder.with_name(folder.name + ".old")
+    source = folder if folder.exists() else old
+    try:
+        plain = json.loads((source / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(source / "tensors.safetensors", device=str(device))
+        if plain["format"] != FORMAT:
+            raise RunError(f"checkpoint {source} has format {plain['format']}; this version reads {FORMAT}")
+        state = _join(plain["state"], tensors)
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise RunError(f"cannot read the checkpoint {source}: {error}") from None
+    rows = {int(client): row for client, row in state.pop("rows").items()}
+    ledger: dict[str, Any] = state.pop("ledger")
+    return ServerState(round=plain["round"], rows=rows, **state), ledger
+
+
+def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Moves tensors out of nested dicts into `tensors`; {"tensor": path} marks their places."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().clone().contiguous().cpu()
+        return {"tensor": path}
+    if isinstance(value, dict):
+        return {"dict": {name: _split(item, f"{path}/{name}", tensors) for name, item in value.items()}}
+    return {"plain": value}
+
+
+def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {name: _join(item, tensors) for name, item in content.items()}
+    return content

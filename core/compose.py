@@ -1,0 +1,150 @@
+"""Composition: the parts of a method registered in a fresh pluggy manager, each hook resolved once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pluggy
+
+from .contracts import Where
+from .errors import ConfigError, FedsparseError, RunError
+from .hookspecs import PROJECT, SLOTS, Extras, hooks_of
+from .method import Method
+from .part import Part, is_hook
+from .registry import describe
+
+SITES = ("client", "server:start", "server:end")
+Result = TypeVar("Result")
+
+
+class PluginError(RunError):
+    """A hook raised, or returned the wrong type."""
+
+
+class PartManager(pluggy.PluginManager):
+    """pluggy over pydantic models: looks for hooks on the class, where pydantic's own names are silent."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
+        if isinstance(plugin, Part) and not is_hook(type(plugin), name):
+            return None
+        return super().parse_hookimpl_opts(plugin, name)
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One implementation of a hook, called with those of the offered arguments that it takes."""
+
+    where: Where
+    function: Callable[..., Any]
+    takes: tuple[str, ...]
+
+    def __call__(self, expected: type[Result], place: Where | None = None, /, **offered: Any) -> Result:
+        """Calls it. Raises PluginError if it raises or returns something else than `expected`."""
+        try:
+            result = self.function(**{name: offered[name] for name in self.takes})
+        except FedsparseError:
+            raise
+        except Exception as error:
+            raise PluginError(f"{place or self.where}: raised {describe(error)}") from error
+        if isinstance(result, expected):
+            return result
+        if expected is float and isinstance(result, int):
+            return result  # type: ignore[return-value]  # 0 is a fine sparsity
+        raise PluginError(
+            f"{place or self.where}: returned {type(result).__name__}; expected {expected.__name__}"
+        )
+
+
+@dataclass
+class Hooks:
+    """The hooks of a composed method. `at` is where the run is, for messages."""
+
+    method: Method
+    manager: pluggy.PluginManager
+    found: dict[str, Hook]
+    site: str
+    score_batches: int
+    at: tuple[int | None, int | None] = field(default=(None, None))
+
+    def get(self, name: str) -> Hook | None:
+        """The implementation of a slot's hook; None where the part leaves it to the default."""
+        return self.found.get(name)
+
+    def takes(self, name: str, argument: str) -> bool:
+        """Whether a hook is implemented and asks for an argument."""
+        return name in self.found and argument in self.found[name].takes
+
+    def where(self, name: str) -> Where:
+        """The place of a call now."""
+        hook = self.found[name]
+        return hook.where._replace(round=self.at[0], client=self.at[1])
+
+    def call(self, name: str, expected: type[Result], **offered: Any) -> Result:
+        """Calls an implemented hook."""
+        return self.found[name](expected, self.where(name), **offered)
+
+    def promise(self, slot: str) -> str:
+        """The budget promise of the part in a slot."""
+        part = self.method.part(slot)
+        return part.budget_promise if part else "none"
+
+    def extra(self, name: str, **offered: Any) -> Any:
+        """Calls every implementation of an extra hook."""
+        try:
+            return getattr(self.manager.hook, name)(**offered)
+        except FedsparseError:
+            raise
+        except Exception as error:
+            raise PluginError(f"method {self.method.name}, hook {name}: raised {describe(error)}") from error
+
+    def has_extra(self, name: str) -> bool:
+        """Whether any part implements an extra hook."""
+        return bool(getattr(self.manager.hook, name).get_hookimpls())
+
+
+def compose(method: Method) -> Hooks:
+    """Registers the five parts and the extras, and checks their hooks against the specifications.
+
+    Raises ConfigError for an unknown hook or argument, and for parts that cannot work together.
+    """
+    manager = PartManager(PROJECT)
+    for spec in [*SLOTS.values(), Extras]:
+        manager.add_hookspecs(spec())
+    for part in method.parts():
+        try:
+            # equal parts are equal objects to pluggy: a name keeps them apart
+            manager.register(part, name=f"{part.slot()}:{type(part).__name__}")
+        except (pluggy.PluginValidationError, ValueError) as error:
+            raise ConfigError(f"method {method.name}, part {type(part).__name__}: {error}") from None
+    found = {}
+    for slot, spec in SLOTS.items():
+        for name in hooks_of(spec):
+            for impl in getattr(manager.hook, name).get_hookimpls():
+                where = Where(method.name, type(impl.plugin).__name__, slot, name)
+                found[name] = Hook(where, impl.function, tuple(impl.argnames))
+    try:
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise ConfigError(f"method {method.name}: {error}") from None
+    hooks = Hooks(method, manager, found, _site(method), getattr(method.readjust, "score_batches", 1))
+    for needed in ("mask_init", "local_step", "contribute", "aggregate"):
+        if needed not in found:
+            raise ConfigError(f"method {method.name}: no part implements the hook {needed}")
+    if hooks.site == "server:start" and hooks.takes("readjust", "score"):
+        raise ConfigError(
+            f"method {method.name}: readjust at the start of a round asks for `score`, which clients "
+            'collect during it; use site "server:end" or "client"'
+        )
+    return hooks
+
+
+def _site(method: Method) -> str:
+    site = getattr(method.readjust, "site", "server:end")
+    if site not in SITES:
+        raise ConfigError(
+            f"method {method.name}, part {type(method.readjust).__name__}: site is {site!r}. "
+            f"Allowed: {', '.join(SITES)}"
+        )
+    return str(site)

@@ -1,0 +1,143 @@
+"""What every hook must keep, checked after each: a breach names the place and both counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import masks
+from .budget import Budget
+from .errors import RunError
+from .state import Masks, Params
+
+
+class ContractError(RunError):
+    """A hook returned something that it must not."""
+
+
+class Where(NamedTuple):
+    """The place of a hook call, for messages."""
+
+    method: str
+    part: str
+    slot: str
+    hook: str
+    round: int | None = None
+    client: int | None = None
+
+    def __str__(self) -> str:
+        place = f"method {self.method}, part {self.part}, slot {self.slot}, hook {self.hook}"
+        if self.round is not None:
+            place += f", round {self.round}"
+        if self.client is not None:
+            place += f", client {self.client}"
+        return place
+
+    def breach(self, what: str) -> ContractError:
+        return ContractError(f"{self}: {what}")
+
+
+class Counter:
+    """Gathers counts on the device, so that a whole check costs one transfer to the host."""
+
+    def __init__(self) -> None:
+        self.counts: list[Tensor] = []
+        self.messages: list[str] = []
+
+    def forbid(self, count: Tensor, message: str) -> None:
+        """`count` must be 0; `{count}` in the message is replaced by what it was."""
+        self.counts.append(count.to(torch.float64))
+        self.messages.append(message)
+
+    def verdict(self, where: Where) -> None:
+        if not self.counts:
+            return
+        for count, message in zip(torch.stack(self.counts).tolist(), self.messages):
+            if count != 0:  # also true for NaN
+                raise where.breach(message.replace("{count}", f"{count:.0f}"))
+
+
+@dataclass(frozen=True)
+class Contracts:
+    """The checks, against the shapes of the run's parameters."""
+
+    template: Params
+    prunable: tuple[str, ...]
+
+    def parameters(self, where: Where, params: Any) -> None:
+        """Names, shapes and dtypes kept."""
+        _same_names(where, "parameters", params, self.template)
+        for name, expected in self.template.items():
+            _same_tensor(where, f"parameter {name!r}", params[name], expected.shape, expected.dtype)
+
+    def mask(self, where: Where, mask: Any) -> None:
+        """A bool mask for each prunable parameter, of its shape."""
+        _same_names(where, "mask", mask, self.prunable)
+        for name in self.prunable:
+            _same_tensor(where, f"mask of {name!r}", mask[name], self.template[name].shape, torch.bool)
+
+    def frozen(self, where: Where, frozen: Any, mask: Masks) -> None:
+        """frozen ⊆ mask; unprunable parameters may be named too."""
+        if not isinstance(frozen, dict):
+            raise where.breach(f"frozen is {type(frozen).__name__}; expected a dict of masks")
+        count = Counter()
+        for name, entry in frozen.items():
+            if name not in self.template:
+                raise where.breach(f"frozen names {name!r}, which is no parameter")
+            _same_tensor(where, f"frozen {name!r}", entry, self.template[name].shape, torch.bool)
+            if name in mask:
+                count.forbid((entry & ~mask[name]).sum(), f"{name!r}: {{count}} frozen weights off the mask")
+        count.verdict(where)
+
+    def values(
+        self, where: Where, params: Params, mask: Masks, frozen: Masks | None = None, held: Params | None = None
+    ) -> None:
+        """Zero off the mask, no NaN or infinity, frozen values bit-identical to `held`."""
+        count = Counter()
+        for name, value in params.items():
+            total = value.sum() * 0  # NaN if any entry is not finite, else 0
+            count.forbid(total, f"parameter {name!r} holds NaN or infinity; a lower learning rate may help")
+            if name in mask:
+                off = torch.where(mask[name], 0.0, value).count_nonzero()
+                count.forbid(
+                    off, f"{name!r}: {{count}} weights are not 0 off the mask ({value.numel()} weights; allowed: 0)"
+                )
+            if frozen and held and name in frozen:
+                moved = ((value != held[name]) & frozen[name]).sum()
+                count.forbid(moved, f"{name!r}: {{count}} frozen values changed (allowed: 0)")
+        count.verdict(where)
+
+    def budget(self, where: Where, mask: Masks, budget: Budget, promise: str) -> None:
+        """Active counts "exact"ly the budget's, or "at most"."""
+        if promise == "none":
+            return
+        counts = masks.active(mask)
+        allowed: Mapping[str, int] = budget.counts or {"all layers": budget.total}
+        given = counts if budget.counts else {"all layers": sum(counts.values())}
+        for name, limit in allowed.items():
+            if given[name] > limit or (promise == "exact" and given[name] != limit):
+                raise where.breach(
+                    f"{name!r} has {given[name]} active weights; the budget at sparsity "
+                    f"{budget.sparsity:g} is {'' if promise == 'exact' else 'at most '}{limit}"
+                )
+
+
+def _same_names(where: Where, what: str, given: Any, expected: Any) -> None:
+    if not isinstance(given, dict):
+        raise where.breach(f"{what} returned as {type(given).__name__}; expected a dict by parameter name")
+    missing, unknown = [n for n in expected if n not in given], [n for n in given if n not in expected]
+    if missing or unknown:
+        raise where.breach(f"{what}: missing {missing or 'none'}, unknown {unknown or 'none'}")
+
+
+def _same_tensor(where: Where, what: str, given: Any, shape: torch.Size, dtype: torch.dtype) -> None:
+    if not isinstance(given, Tensor):
+        raise where.breach(f"{what} is {type(given).__name__}; expected a tensor")
+    if given.shape != shape or given.dtype != dtype:
+        raise where.breach(
+            f"{what} has shape {tuple(given.shape)} and {given.dtype}; expected {tuple(shape)} and {dtype}"
+        )

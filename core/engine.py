@@ -1,0 +1,275 @@
+"""The engine: the federated round, and nothing of any method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import masks, rng
+from .budget import Budget
+from .compose import compose
+from .contracts import Contracts
+from .evaluation import evaluate
+from .execution.sequential import Plan, Sequential, Uploads, trainable
+from .ledger import Ledger, Traffic, forward_macs, paper_bytes
+from .loss import ModelLoss, Probe
+from .resolve import Resolved
+from .schedule import learning_rate
+from .state import Aggregated, Clock, Frozen, Params, Readjusted, ServerState
+from .task import Task
+
+PROBE_SAMPLES = 256  # behind masks that need gradients at initialisation
+
+
+@dataclass(frozen=True)
+class Report:
+    """One finished round: its line of `metrics.jsonl` and the state after it, to read only."""
+
+    metrics: dict[str, Any]
+    state: ServerState
+
+
+class Engine:
+    """Runs a composed method on a task."""
+
+    def __init__(self, resolved: Resolved, task: Task) -> None:
+        self.config, self.task = resolved.config, task
+        self.hooks = compose(resolved.method)
+        if task.device.type == "cpu":
+            torch.set_num_threads(self.config.execution.threads)
+        self.params, self.buffers = task.initial()
+        self.prunable = tuple(layer.name for layer in task.layers)
+        self.contracts = Contracts(self.params, self.prunable) if self.config.execution.contracts else None
+        effective = self.hooks.get("effective_params")
+        penalty = [lambda params, anchor: sum(self.hooks.extra("penalty", params=params, anchor=anchor))]
+        self.loss = ModelLoss(
+            task.model,
+            (lambda params, mask: effective(dict, None, params=params, mask=mask)) if effective else None,
+            tuple(penalty) if self.hooks.has_extra("penalty") else (),
+        )
+        macs = forward_macs(task.model, task.dataset.input_shape, self.prunable)
+        self.ledger = Ledger(
+            self.params,
+            self.buffers,
+            macs,
+            paper=self.paper_bytes if self.hooks.has_extra("paper_bytes") else paper_bytes,
+            encode=self.config.ledger.encode,
+        )
+        self.executor = Sequential(task, self.hooks, self.loss, self.ledger, self.contracts)
+
+    def start(self) -> ServerState:
+        """The state before round 0: initial weights under the initial mask."""
+        params = self.params
+        if self.hooks.get("initial_params"):
+            params = self.hooks.call("initial_params", dict, params=params)
+        budget = self.budget(self.clock(0))
+        self.task.model.train()
+        mask = self.hooks.call(
+            "mask_init",
+            dict,
+            params=params,
+            budget=budget,
+            probe=Probe(self.loss, self.buffers, self.task.sample(PROBE_SAMPLES)),
+            key=self.key("mask_init"),
+        )
+        if self.contracts:
+            where = self.hooks.where("mask_init")
+            self.contracts.mask(where, mask)
+            self.contracts.budget(where, mask, budget, self.hooks.promise("mask_init"))
+        masked = masks.apply(params, mask)
+        if self.config.sparsity.rescale_init:
+            masked |= {name: rescaled(params[name], masked[name]) for name in mask}
+        none = {name: torch.zeros_like(m) for name, m in mask.items()}
+        return ServerState(0, masked, self.buffers, mask, none)
+
+    def rounds(self, state: ServerState) -> Iterator[Report]:
+        """Plays the rounds that are left; each report holds a state of its own."""
+        while state.round < self.config.federation.rounds:
+            report = self.play(state)
+            state = report.state
+            if self.hooks.has_extra("on_round_end"):
+                self.hooks.extra("on_round_end", report=report)
+            yield report
+
+    def play(self, state: ServerState) -> Report:
+        """One round."""
+        started, clock, before = time.perf_counter(), self.clock(state.round), state.mask
+        state = state.copy()  # an interrupted round leaves the last one whole
+        self.hooks.at = (clock.round, None)
+        budget = self.budget(clock)
+        self.freeze(state, budget, clock)
+        self.readjust(state, "server:start", budget, clock)
+        clients = self.task.clients(clock.round)
+        self.ledger.begin_round(state.params, state.buffers, state.mask, state.frozen)
+        uploads = self.executor.train(self.plan(state, budget, clock), clients)
+        self.ledger.end_round()
+        self.aggregate(state, uploads, budget)
+        self.readjust(state, "server:end", budget, clock, uploads)
+        metrics = self.record(state, before, clients, uploads, clock)
+        state.round += 1
+        return Report({**metrics, "seconds": round(time.perf_counter() - started, 4)}, state)
+
+    def freeze(self, state: ServerState, budget: Budget, clock: Clock) -> None:
+        """The freeze policy's decision at the start of the round."""
+        if not self.hooks.get("freeze"):
+            return
+        decided = self.hooks.call(
+            "freeze",
+            object,  # None or Frozen
+            params=state.params,
+            mask=state.mask,
+            frozen=state.frozen,
+            target=self.config.sparsity.target,
+            budget=budget,
+            clock=clock,
+            key=self.key("freeze", clock.round),
+            memory=state.memory.get("freeze_policy", {}),
+        )
+        if decided is None:
+            return
+        if not isinstance(decided, Frozen):
+            raise self.hooks.where("freeze").breach(f"returned {decided!r}; expected Frozen or None")
+        if self.contracts:
+            where = self.hooks.where("freeze")
+            self.contracts.mask(where, decided.mask)
+            self.contracts.frozen(where, decided.frozen, decided.mask)
+            self.contracts.values(where, state.params, decided.mask)
+            self.contracts.budget(where, decided.mask, budget, self.hooks.promise("freeze_policy"))
+        none = {name: torch.zeros_like(m) for name, m in decided.mask.items()}
+        state.frozen, state.mask = {**none, **decided.frozen}, decided.mask
+        state.memory["freeze_policy"] = decided.memory
+
+    def readjust(
+        self, state: ServerState, site: str, budget: Budget, clock: Clock, uploads: Uploads | None = None
+    ) -> None:
+        """The server's readjustment, if its part works at this site and is due."""
+        if self.hooks.site != site or not self.hooks.get("readjust") or not self.executor.due(clock):
+            return
+        weight = uploads.samples if uploads else 1
+        moved = self.hooks.call(
+            "readjust",
+            Readjusted,
+            params=state.params,
+            mask=state.mask,
+            frozen=state.frozen,
+            score={name: total / weight for name, total in uploads.score.items()} if uploads else {},
+            target=self.config.sparsity.target,
+            budget=budget,
+            clock=clock,
+            key=self.key("readjust", clock.round),
+            memory=state.memory.get("readjust", {}),
+        )
+        self.adopt(state, "readjust", moved, budget)
+
+    def plan(self, state: ServerState, budget: Budget, clock: Clock) -> Plan:
+        """What clients receive this round."""
+        federation = self.config.federation
+        rate = learning_rate(
+            federation.learning_rate_schedule,
+            federation.learning_rate,
+            federation.learning_rate_final,
+            clock.round,
+            clock.rounds,
+        )
+        free = trainable(state.mask, state.frozen)
+        counts = masks.active(free)
+        free = {name: m for name, m in free.items() if counts[name] < m.numel()}
+        return Plan(state, budget, clock, free, self.config.sparsity.target, rate)
+
+    def aggregate(self, state: ServerState, uploads: Uploads, budget: Budget) -> None:
+        """The next global model; buffers are averaged, frozen values kept to the bit."""
+        made = self.hooks.call(
+            "aggregate",
+            Aggregated,
+            sums=uploads.sums,
+            params=state.params,
+            mask=state.mask,
+            frozen=state.frozen,
+            budget=budget,
+            memory=state.memory.get("aggregate", {}),
+        )
+        if self.contracts:
+            self.contracts.parameters(self.hooks.where("aggregate"), made.params)
+        params = {
+            name: torch.where(state.frozen[name], state.params[name], p) if name in state.frozen else p
+            for name, p in made.params.items()
+        }
+        self.adopt(state, "aggregate", made._replace(params=params), budget)
+        state.buffers = {
+            name: (total / uploads.samples).to(state.buffers[name].dtype)
+            for name, total in uploads.buffers.items()
+        }
+
+    def adopt(self, state: ServerState, slot: str, made: Aggregated | Readjusted, budget: Budget) -> None:
+        """Checks what a server hook made and makes it the state."""
+        if self.contracts:
+            where = self.hooks.where(slot)
+            self.contracts.parameters(where, made.params)
+            self.contracts.mask(where, made.mask)
+            self.contracts.frozen(where, state.frozen, made.mask)
+            self.contracts.values(where, made.params, made.mask, state.frozen, state.params)
+            self.contracts.budget(where, made.mask, budget, self.hooks.promise(slot))
+        state.params, state.mask, state.memory[slot] = made.params, made.mask, made.memory
+
+    def budget(self, clock: Clock) -> Budget:
+        """This round's budget: the target through the freeze policy and the readjustment."""
+        target = sparsity = self.config.sparsity.target
+        for name in ("base_sparsity", "target_sparsity"):
+            if self.hooks.get(name):
+                sparsity = self.hooks.call(name, float, base=sparsity, target=target, clock=clock)
+                if not 0 <= sparsity < 1:
+                    raise self.hooks.where(name).breach(f"returned sparsity {sparsity}; allowed: [0, 1)")
+        return Budget(self.task.layers, self.config.sparsity.allocation, sparsity)
+
+    def record(
+        self, state: ServerState, before: masks.Masks, clients: list[int], uploads: Uploads, clock: Clock
+    ) -> dict[str, Any]:
+        """The round's line of `metrics.jsonl`, without its seconds."""
+        names = self.prunable
+        total = sum(layer.weights for layer in self.task.layers)
+        active = sum(masks.active(state.mask).values())
+        still = sum(masks.active({name: state.frozen[name] for name in names}).values())
+        both = sum(masks.active({name: state.mask[name] & before[name] for name in names}).values())
+        either = sum(masks.active({name: state.mask[name] | before[name] for name in names}).values())
+        line: dict[str, Any] = {
+            "round": clock.round,
+            "train_loss": float(uploads.metrics["loss"]) / uploads.steps_weight,
+            "sparsity": 1 - active / total,
+            "frozen_fraction": still / active if active else 0.0,
+            **self.ledger.metrics(),
+            "mask_changed": either - both,
+            "mask_iou": both / either if either else 1.0,
+            "clients": clients,
+            "samples": uploads.samples,
+        }
+        every = self.config.output.evaluate_every
+        if (clock.round + 1) % every == 0 or clock.round + 1 == clock.rounds:
+            line |= evaluate(self.task, self.loss, state.params, state.buffers, state.mask)
+        return line
+
+    def paper_bytes(self, traffic: Traffic) -> float:
+        """A client's round by the method's own formula."""
+        return float(self.hooks.extra("paper_bytes", traffic=traffic))
+
+    def clock(self, round_: int) -> Clock:
+        """Server time."""
+        epochs = self.config.federation.local_epochs
+        return Clock(round_, self.config.federation.rounds, 0, epochs)
+
+    def key(self, *path: str | int) -> torch.Tensor:
+        """The key of a server stream."""
+        return rng.key(self.config.seed, *path, device=self.task.device)
+
+
+def rescaled(dense: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """The masked tensor with the norm that it had when dense."""
+    return masked * (dense.norm() / masked.norm().clamp(min=torch.finfo(masked.dtype).tiny))
+
+
+def nonzero(params: Params) -> int:
+    """Parameters that are not 0."""
+    return sum(int(p.count_nonzero()) for p in params.values())

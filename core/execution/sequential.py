@@ -1,0 +1,279 @@
+"""The sequential executor: clients one after another, their uploads summed as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import rng
+from ..budget import Budget
+from ..compose import Hooks
+from ..contracts import Contracts
+from ..ledger import Ledger
+from ..loss import ClientLoss, ModelLoss
+from ..state import (
+    Batch,
+    Carry,
+    Clock,
+    Masks,
+    Memory,
+    Params,
+    Readjusted,
+    Scores,
+    ServerState,
+    Stepped,
+    Sums,
+)
+from ..task import Task
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the server sends to this round's clients, and the settings of their training."""
+
+    state: ServerState
+    budget: Budget
+    clock: Clock
+    trainable: Masks
+    target: float
+    lr: float
+
+
+@dataclass
+class Uploads:
+    """The cohort's contributions, summed; every tensor has the size of the model once."""
+
+    sums: Sums = field(default_factory=dict)
+    buffers: Params = field(default_factory=dict)
+    score: Scores = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    samples: int = 0
+    steps_weight: int = 0
+
+    def add(self, into: dict[str, Tensor], entries: dict[str, Tensor]) -> None:
+        """Adds entries by name; the first is copied, because it may be the caller's own tensor."""
+        for name, value in entries.items():
+            if name in into:
+                into[name] += value
+            else:
+                into[name] = value.clone()
+
+
+@dataclass
+class Client:
+    """One client's model while it trains."""
+
+    number: int
+    params: Params
+    mask: Masks
+    carry: Carry
+    loss: ClientLoss
+    trainable: Masks
+    score_samples: int = 0
+
+
+class Sequential:
+    """Trains one client after another on one device."""
+
+    def __init__(
+        self, task: Task, hooks: Hooks, loss: ModelLoss, ledger: Ledger, contracts: Contracts | None
+    ) -> None:
+        self.task, self.hooks, self.loss = task, hooks, loss
+        self.ledger, self.contracts = ledger, contracts
+        self.step = hooks.found["local_step"]
+        self.needs_score = hooks.takes("readjust", "score")
+        self.needs_key = hooks.takes("local_step", "key")
+
+    def train(self, plan: Plan, clients: Sequence[int]) -> Uploads:
+        """One round of local training of these clients."""
+        uploads = Uploads()
+        self.task.model.train()
+        for number in clients:
+            self.hooks.at = (plan.clock.round, number)
+            client = self.download(plan, number)
+            self.train_client(plan, client, uploads)
+            self.upload(plan, client, uploads)
+        self.hooks.at = (plan.clock.round, None)
+        return uploads
+
+    def download(self, plan: Plan, number: int) -> Client:
+        """The client's state is the server's; its optimiser starts fresh."""
+        state = plan.state
+        self.ledger.download(number)
+        fresh: dict[str, Params] = {}
+        if self.hooks.get("client_init"):
+            fresh = self.hooks.call(
+                "client_init",
+                dict,
+                params=state.params,
+                mask=state.mask,
+                momentum=self.task.federation.momentum,
+                memory=state.rows.get(number, {}),
+            )
+        loss = ClientLoss(self.loss, state.mask, state.params)
+        return Client(number, state.params, state.mask, Carry(state.buffers, fresh), loss, plan.trainable)
+
+    def train_client(self, plan: Plan, client: Client, uploads: Uploads) -> None:
+        """All local epochs, with the client's readjustment where it is due."""
+        federation, clock = self.task.federation, plan.clock
+        offered: dict[str, Any] = {
+            "anchor": plan.state.params,
+            "lr": plan.lr,
+            "momentum": federation.momentum,
+            "weight_decay": federation.weight_decay,
+        }
+        number_of_step, batches = 0, list[Batch]()
+        for epoch in range(federation.local_epochs):
+            clock = clock._replace(epoch=epoch, epochs=federation.local_epochs)
+            following = self.task.batches(client.number, clock.round, epoch)
+            # before the first epoch nothing has passed yet: the first minibatches stand in
+            self.readjust_client(plan, client, clock, batches or following[: self.hooks.score_batches])
+            batches = following
+            for batch in batches:
+                offered |= {
+                    "loss": client.loss,
+                    "params": client.params,
+                    "carry": client.carry,
+                    "batch": batch,
+                    "trainable": client.trainable,
+                    "clock": clock,
+                }
+                if self.needs_key:
+                    path = (self.task.seed, "step", clock.round, client.number, number_of_step)
+                    offered["key"] = rng.key(*path, device=self.task.device)
+                stepped = self.step(Stepped, None, **offered)
+                client.params, client.carry = stepped.params, stepped.carry
+                size = len(batch.targets)
+                uploads.add(uploads.metrics, {name: m * size for name, m in stepped.metrics.items()})
+                uploads.steps_weight += size
+                number_of_step += 1
+                if number_of_step == 1 and self.contracts:
+                    self.contracts.parameters(self.hooks.where("local_step"), client.params)
+        clock = clock._replace(epoch=federation.local_epochs)
+        if self.contracts:
+            where = self.hooks.where("local_step")
+            self.contracts.parameters(where, client.params)
+            self.contracts.values(where, client.params, client.mask, plan.state.frozen, plan.state.params)
+        self.readjust_client(plan, client, clock, batches)
+        self.collect_score(plan, client, batches, uploads)
+
+    def readjust_client(self, plan: Plan, client: Client, clock: Clock, batches: Sequence[Batch]) -> None:
+        """Moves the client's mask, if its part works on clients and is due now."""
+        if self.hooks.site != "client" or not self.hooks.get("readjust") or not self.due(clock):
+            return
+        state = plan.state
+        score = self.score(client, batches) if self.needs_score else {}
+        moved = self.hooks.call(
+            "readjust",
+            Readjusted,
+            params=client.params,
+            mask=client.mask,
+            frozen=state.frozen,
+            score=score,
+            target=plan.target,
+            budget=plan.budget,
+            clock=clock,
+            key=rng.key(
+                self.task.seed, "readjust", clock.round, client.number, clock.epoch, device=self.task.device
+            ),
+            memory={},
+        )
+        if self.contracts:
+            where = self.hooks.where("readjust")
+            self.contracts.parameters(where, moved.params)
+            self.contracts.mask(where, moved.mask)
+            self.contracts.frozen(where, state.frozen, moved.mask)
+            self.contracts.values(where, moved.params, moved.mask, state.frozen, state.params)
+            self.contracts.budget(where, moved.mask, plan.budget, self.hooks.promise("readjust"))
+        client.carry = _cleared(client, moved)
+        client.params, client.mask = moved.params, moved.mask
+        client.loss = ClientLoss(self.loss, client.mask, state.params)
+        client.trainable = trainable(client.mask, state.frozen)
+
+    def due(self, clock: Clock) -> bool:
+        """Whether the readjustment runs now."""
+        if not self.hooks.get("due"):
+            return self.hooks.site != "client" or clock.epoch == clock.epochs
+        return bool(self.hooks.call("due", object, clock=clock))
+
+    def score(self, client: Client, batches: Sequence[Batch]) -> Scores:
+        """The growth score of this client's dense gradient on its last minibatches."""
+        used = batches[-self.hooks.score_batches :]
+        gradient = client.loss.dense_grad(client.params, client.carry, used)
+        client.score_samples += sum(len(batch.targets) for batch in used)
+        gradient = {name: gradient[name] for name in client.mask}
+        if not self.hooks.get("grow_score"):
+            return {name: g.abs() for name, g in gradient.items()}
+        return self.hooks.call("grow_score", dict, params=client.params, dense_grad=gradient)
+
+    def collect_score(self, plan: Plan, client: Client, batches: Sequence[Batch], uploads: Uploads) -> None:
+        """Adds this client's score to the server's, in rounds in which the server will readjust by it."""
+        if self.hooks.site == "server:end" and self.needs_score and self.due(plan.clock):
+            weight = len(self.task.partition.train_of(client.number))
+            score = self.score(client, batches)
+            uploads.add(uploads.score, {name: weight * value for name, value in score.items()})
+
+    def upload(self, plan: Plan, client: Client, uploads: Uploads) -> None:
+        """Adds the client's contribution and keeps its row."""
+        state, samples = plan.state, len(self.task.partition.train_of(client.number))
+        self.ledger.train(samples * self.task.federation.local_epochs, client.score_samples)
+        self.ledger.upload(client.number, client.mask, client.params, client.carry.buffers)
+        weight = torch.tensor(float(samples), device=self.task.device)
+        contribution = self.hooks.call(
+            "contribute",
+            dict,
+            params=client.params,
+            mask=client.mask,
+            anchor=state.params,
+            weight=weight,
+            carry=client.carry,
+        )
+        uploads.add(uploads.sums, contribution)
+        buffers = {name: samples * b.to(torch.float64) for name, b in client.carry.buffers.items()}
+        uploads.add(uploads.buffers, buffers)
+        uploads.samples += samples
+        if self.hooks.get("client_final"):
+            row: Memory = self.hooks.call(
+                "client_final",
+                dict,
+                params=client.params,
+                anchor=state.params,
+                carry=client.carry,
+                memory=state.rows.get(client.number, {}),
+            )
+            state.rows[client.number] = on_host(row)
+
+
+def trainable(mask: Masks, frozen: Masks) -> Masks:
+    """mask & ~frozen, for every parameter that either names."""
+    free = {name: m & ~frozen[name] if name in frozen else m for name, m in mask.items()}
+    return free | {name: ~f for name, f in frozen.items() if name not in mask}
+
+
+def on_host(memory: Any) -> Any:
+    """The same nested dict with its tensors on the host."""
+    if isinstance(memory, Tensor):
+        return memory.detach().cpu()
+    return {name: on_host(value) for name, value in memory.items()} if isinstance(memory, dict) else memory
+
+
+def _cleared(client: Client, moved: Readjusted) -> Carry:
+    """The carry with optimiser state zero wherever the client's mask or value changed."""
+    changed = {
+        name: (moved.mask[name] != client.mask[name]) | (moved.params[name] != client.params[name])
+        for name in client.mask
+    }
+    state = {
+        kind: {
+            name: torch.where(changed[name], 0, value)
+            if name in changed and value.shape == changed[name].shape
+            else value
+            for name, value in entries.items()
+        }
+        for kind, entries in client.carry.state.items()
+    }
+    return Carry(client.carry.buffers, state)

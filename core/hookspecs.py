@@ -1,0 +1,232 @@
+"""The hooks: read this first when writing a method.
+
+A sparse federated method is five decisions, each a *slot*; a *part* fills a slot by implementing its hooks
+with `@hookimpl`. The classes below are the slots, their methods the hooks, in the order in which a round
+calls them. An implementation takes only the arguments that it wants, by name, and returns new tensors:
+hooks are pure. Client hooks see one client, must run under `torch.func.vmap` and so never branch on the
+value of a tensor.
+
+Types are in `core/state.py`. `params` holds every trainable tensor by name; `mask` a bool tensor for each
+*prunable* one; `frozen` the same for weights that no longer change; `key` seeds `core.rng` draws; `memory` is
+the part's own, empty at first; `target` is the user's final sparsity, `budget` this round's active counts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .budget import Budget
+    from .engine import Report
+    from .ledger import Traffic
+    from .loss import ClientLoss, Probe
+    from .state import (
+        Aggregated,
+        Batch,
+        Carry,
+        Clock,
+        Frozen,
+        Masks,
+        Memory,
+        Params,
+        Readjusted,
+        Scores,
+        Stepped,
+        Sums,
+    )
+
+PROJECT = "fedsparse"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+# The stubs below are specifications: bodies are docstrings, called by nobody.
+
+
+class MaskInit:
+    """Which weights exist in round 0."""
+
+    @hookspec(firstresult=True)
+    def mask_init(self, params: Params, budget: Budget, probe: Probe, key: Tensor) -> Masks:
+        """Once, on the server, before round 0.
+
+        `params` are the dense initial weights; `probe` gives loss and gradients on a sample of the training
+        data (SNIP, GraSP). Return a mask for every layer of `budget`; a part whose `budget_promise` is
+        "exact" must meet the counts to the unit. Equations of this kind: ER/ERK at random, magnitude,
+        saliency at initialisation.
+        """
+
+
+class LocalStep:
+    """One optimiser step of one client, and what surrounds it."""
+
+    @hookspec(firstresult=True)
+    def initial_params(self, params: Params) -> Params:
+        """Once, before `mask_init`: maps the framework's initial weights. Default: identity."""
+
+    @hookspec(firstresult=True)
+    def effective_params(self, params: Params, mask: Masks) -> Params:
+        """In every forward pass of training and evaluation, and on export: the weights the layers use.
+
+        For reparametrisations (w = θ·|θ|^(β-1)). Return an entry for every parameter. Default: identity.
+        """
+
+    @hookspec(firstresult=True)
+    def client_init(
+        self, params: Params, mask: Masks, momentum: float, memory: Memory
+    ) -> dict[str, Params]:
+        """When a client starts its round: the fresh optimiser state, by name, e.g. {"momentum": zeros}.
+
+        `memory` is this client's row, as its last `client_final` left it. Default: no state.
+        """
+
+    @hookspec(firstresult=True)
+    def local_step(
+        self,
+        loss: ClientLoss,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        trainable: Masks,
+        anchor: Params,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        clock: Clock,
+        key: Tensor,
+    ) -> Stepped:
+        """For every minibatch: the hot hook.
+
+        `loss.value_and_grad(params, carry, batch)` gives loss, gradients and the carry with new buffers.
+        `trainable` (mask & ~frozen) lists only tensors that have an entry which must not move; those
+        entries must come back bit-identical. `anchor` is what the client downloaded. `core.optim.sgd` does
+        all this. Metrics must hold "loss".
+        """
+
+    @hookspec(firstresult=True)
+    def client_final(self, params: Params, anchor: Params, carry: Carry, memory: Memory) -> Memory:
+        """After a client's last step: its row for its next participation (SCAFFOLD, kept momentum)."""
+
+
+class FreezePolicy:
+    """Which weights stop changing, and the base sparsity from then on."""
+
+    @hookspec(firstresult=True)
+    def base_sparsity(self, target: float, clock: Clock) -> float:
+        """Every round: the sparsity in [0, 1) that this phase of training aims at. Default: `target`."""
+
+    @hookspec(firstresult=True)
+    def freeze(
+        self,
+        params: Params,
+        mask: Masks,
+        frozen: Masks,
+        target: float,
+        budget: Budget,
+        clock: Clock,
+        key: Tensor,
+        memory: Memory,
+    ) -> Frozen | None:
+        """At the start of every round, on the server; None changes nothing.
+
+        `frozen` returned must lie within the mask returned; it may also name unprunable parameters. Newly
+        active weights start at 0. Values never change here.
+        """
+
+
+class Readjust:
+    """How the mask moves. The part's attribute `site` says where: "client", "server:start", "server:end"."""
+
+    @hookspec(firstresult=True)
+    def target_sparsity(self, base: float, target: float, clock: Clock) -> float:
+        """Every round, after `base_sparsity`: the sparsity of the round's budget. Default: `base`."""
+
+    @hookspec(firstresult=True)
+    def due(self, clock: Clock) -> bool:
+        """Whether `readjust` runs: asked every round on a server, and on a client after each local epoch.
+
+        `clock.epoch` counts completed local epochs: 0 is before training. Default: a server always, a
+        client after the last epoch.
+        """
+
+    @hookspec(firstresult=True)
+    def grow_score(self, params: Params, dense_grad: Params) -> Scores:
+        """When due and `readjust` takes `score`: a score for each prunable weight, from the dense gradient.
+
+        The gradient is of the plain loss on `score_batches` minibatches (attribute of the part, default 1).
+        On the server, the scores of the clients are averaged with their weights. Default: |gradient|.
+        """
+
+    @hookspec(firstresult=True)
+    def readjust(
+        self,
+        params: Params,
+        mask: Masks,
+        frozen: Masks,
+        score: Scores,
+        target: float,
+        budget: Budget,
+        clock: Clock,
+        key: Tensor,
+        memory: Memory,
+    ) -> Readjusted:
+        """When due: drops and grows. Dropped and newly grown weights are 0, frozen ones untouched.
+
+        On a client `memory` is empty and not kept, and the engine clears the optimiser state wherever mask
+        or value changed. Asking for `score` costs a dense gradient; without it none is computed.
+        """
+
+
+class Aggregate:
+    """How uploads become the next global model."""
+
+    @hookspec(firstresult=True)
+    def contribute(
+        self, params: Params, mask: Masks, anchor: Params, weight: Tensor, carry: Carry
+    ) -> Sums:
+        """For every client after its training: tensors by name that the engine adds over the cohort.
+
+        `weight` is the client's number of training samples, 0-d. Buffers are averaged by the engine.
+        """
+
+    @hookspec(firstresult=True)
+    def aggregate(
+        self, sums: Sums, params: Params, mask: Masks, frozen: Masks, budget: Budget, memory: Memory
+    ) -> Aggregated:
+        """Once a round: the next global model from the summed contributions; zero off the mask it returns.
+
+        The engine writes frozen values back afterwards, so that rounding cannot move them.
+        """
+
+
+class Extras:
+    """Hooks that any part may bring, any number of them."""
+
+    @hookspec
+    def penalty(self, params: Params, anchor: Params) -> Tensor:
+        """In every step: a 0-d term added to the training loss (FedProx is one line)."""
+
+    @hookspec(firstresult=True)
+    def paper_bytes(self, traffic: Traffic) -> float:
+        """For every client and round: the bytes, both ways, by the paper's own formula."""
+
+    @hookspec
+    def on_round_end(self, report: Report) -> None:
+        """After every round: the metrics record and the state, to read only."""
+
+
+SLOTS: dict[str, type] = {
+    "mask_init": MaskInit,
+    "local_step": LocalStep,
+    "freeze_policy": FreezePolicy,
+    "readjust": Readjust,
+    "aggregate": Aggregate,
+}
+
+
+def hooks_of(spec: type) -> tuple[str, ...]:
+    """Names of the hooks that a class above specifies."""
+    return tuple(name for name in vars(spec) if not name.startswith("_"))

@@ -1,0 +1,217 @@
+"""Codecs of masks: how a bool tensor becomes bytes on the wire.
+
+Both ends know the names, their order and the shapes. Each tensor of n positions is one tag byte and the
+payload of whichever codec is shortest (the lower tag wins a tie):
+
+* `BITMAP`: ceil(n / 8) bytes, position i in bit i mod 8 of byte i // 8, padding bits 0;
+* `ACTIVE`: the flat (row-major) positions that are on, as a count and then the number of positions skipped
+  before each, all as LEB128 varints in their shortest form;
+* `INACTIVE`: the same for the positions that are off;
+* `CHANGED`: the same for the positions that differ from a `reference` mask held by both ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..errors import RunError
+from ..state import Masks
+
+Bits = npt.NDArray[np.bool_]
+Bytes = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+
+
+class Codec(IntEnum):
+    """Tag byte of a tensor's payload."""
+
+    BITMAP = 0
+    ACTIVE = 1
+    INACTIVE = 2
+    CHANGED = 3
+
+
+def encode_masks(masks: Mapping[str, Tensor], reference: Mapping[str, Tensor] | None = None) -> bytes:
+    """The masks as bytes, each tensor in its shortest codec.
+
+    `reference`, where given, has an entry of the same shape for every mask (RunError otherwise) and must be
+    known to the receiver.
+    """
+    chunks: list[bytes] = []
+    for bits, base in _pairs(masks, reference):
+        codec, _, gaps = _shortest(bits, base)
+        chunks.append(bytes([codec]))
+        if gaps is None:
+            chunks.append(np.packbits(bits, bitorder="little").tobytes())
+        else:
+            chunks.append(_varints(np.concatenate(([gaps.size], gaps))).tobytes())
+    return b"".join(chunks)
+
+
+def masks_size(masks: Mapping[str, Tensor], reference: Mapping[str, Tensor] | None = None) -> int:
+    """Bytes of `encode_masks(masks, reference)`, counted without building them."""
+    return sum(1 + _shortest(bits, base)[1] for bits, base in _pairs(masks, reference))
+
+
+def decode_masks(
+    data: bytes, shapes: Mapping[str, torch.Size], reference: Mapping[str, Tensor] | None = None
+) -> Masks:
+    """The masks that `encode_masks` made into `data`: bool, on the CPU, in the order of `shapes`.
+
+    Raises RunError if `data` is truncated, too long or malformed; never allocates more than the shapes need.
+    """
+    reader = Reader(data)
+    masks = read_masks(reader, shapes, reference)
+    reader.end()
+    return masks
+
+
+def read_masks(
+    reader: Reader, shapes: Mapping[str, torch.Size], reference: Mapping[str, Tensor] | None = None
+) -> Masks:
+    """As `decode_masks`, for masks that are a section of a longer message."""
+    masks: Masks = {}
+    for name, shape in shapes.items():
+        bits = _read(reader, name, shape.numel(), None if reference is None else _flat(reference[name]))
+        masks[name] = torch.from_numpy(bits).reshape(shape)
+    return masks
+
+
+class Reader:
+    """Takes a message apart from its front; RunError where it is shorter or longer than it must be."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data: Bytes = np.frombuffer(data, np.uint8)
+        self._at = 0
+
+    @property
+    def left(self) -> int:
+        """Bytes not yet taken."""
+        return self._data.size - self._at
+
+    def take(self, size: int) -> Bytes:
+        """The next `size` bytes, a read-only view."""
+        if size > self.left:
+            raise RunError(f"corrupt message: {size} bytes expected, {self.left} left")
+        self._at += size
+        return self._data[self._at - size : self._at]
+
+    def varints(self, count: int, limit: int) -> Ints:
+        """The next `count` varints, each at most `limit` (a count or position, below 2**31 or so)."""
+        if count > self.left:
+            raise RunError(f"corrupt message: {count} numbers expected, {self.left} bytes left")
+        width = _length(limit)
+        window = self._data[self._at : self._at + count * width]
+        ends = np.flatnonzero(window < 0x80)[:count]
+        if ends.size < count:
+            raise RunError("corrupt message: a number without end")
+        starts = np.concatenate(([0], ends + 1))
+        lengths = np.diff(starts)
+        if count and lengths.max() > width:
+            raise RunError(f"corrupt message: a number above {limit}")
+        values = np.zeros(count, np.int64)
+        for k in range(width):
+            more = lengths > k
+            values[more] |= (window[starts[:-1][more] + k].astype(np.int64) & 0x7F) << (7 * k)
+        if count and (values.max() > limit or (_lengths(values) != lengths).any()):
+            raise RunError(f"corrupt message: a number above {limit} or not in its shortest form")
+        self._at += int(starts[-1])
+        return values
+
+    def end(self) -> None:
+        """Nothing may be left."""
+        if self.left:
+            raise RunError(f"corrupt message: {self.left} bytes too many")
+
+
+def _pairs(
+    masks: Mapping[str, Tensor], reference: Mapping[str, Tensor] | None
+) -> Iterator[tuple[Bits, Bits | None]]:
+    for name, mask in masks.items():
+        base = None if reference is None else reference.get(name)
+        # numpy would broadcast a reference of another shape
+        if reference is not None and (base is None or base.shape != mask.shape):
+            raise RunError(f"mask {name!r} has no reference of its shape {tuple(mask.shape)}")
+        yield _flat(mask), None if base is None else _flat(base)
+
+
+def _flat(mask: Tensor) -> Bits:
+    flat: Bits = mask.detach().reshape(-1).cpu().numpy()
+    return flat
+
+
+def _shortest(bits: Bits, base: Bits | None) -> tuple[Codec, int, Ints | None]:
+    """Codec, payload bytes, and the gaps to write (None for a bitmap)."""
+    best: tuple[Codec, int, Ints | None] = Codec.BITMAP, (bits.size + 7) // 8, None
+    for codec, flags in _candidates(bits, base):
+        count = int(np.count_nonzero(flags))
+        # each index takes a byte at least: most losers are known without looking at their positions
+        if _length(count) + count >= best[1]:
+            continue
+        gaps = np.diff(np.flatnonzero(flags), prepend=-1) - 1
+        size = _length(count) + _total_length(gaps)
+        if size < best[1]:
+            best = codec, size, gaps
+    return best
+
+
+def _candidates(bits: Bits, base: Bits | None) -> Iterator[tuple[Codec, Bits]]:
+    yield Codec.ACTIVE, bits
+    yield Codec.INACTIVE, ~bits
+    if base is not None:
+        yield Codec.CHANGED, bits ^ base
+
+
+def _length(value: int) -> int:
+    """Bytes of a varint."""
+    return max(1, (value.bit_length() + 6) // 7)
+
+
+def _lengths(values: Ints) -> Ints:
+    lengths = np.ones(values.size, np.int64)
+    for k in range(1, _length(int(values.max(initial=0)))):
+        lengths += values >= 1 << (7 * k)
+    return lengths
+
+
+def _total_length(values: Ints) -> int:
+    widest = _length(int(values.max(initial=0)))
+    return values.size + sum(int(np.count_nonzero(values >= 1 << (7 * k))) for k in range(1, widest))
+
+
+def _varints(values: Ints) -> Bytes:
+    lengths = _lengths(values)
+    ends = np.cumsum(lengths)
+    out = np.zeros(int(ends[-1]), np.uint8)
+    for k in range(int(lengths.max())):
+        more = lengths > k
+        byte = (values[more] >> (7 * k)) & 0x7F
+        out[(ends - lengths)[more] + k] = byte | np.where(lengths[more] > k + 1, 0x80, 0)
+    return out
+
+
+def _read(reader: Reader, name: str, size: int, base: Bits | None) -> npt.NDArray[Any]:
+    tag = int(reader.take(1)[0])
+    if tag == Codec.BITMAP:
+        packed = reader.take((size + 7) // 8)
+        if size % 8 and packed[-1] >> (size % 8):
+            raise RunError(f"corrupt message: padding of the bitmap of {name!r} is not zero")
+        return np.unpackbits(packed, count=size, bitorder="little").view(np.bool_)
+    if tag > Codec.CHANGED or (tag == Codec.CHANGED and base is None):
+        raise RunError(f"corrupt message: codec {tag} of mask {name!r} is unknown or needs a reference")
+    count = int(reader.varints(1, size)[0])
+    positions = np.cumsum(reader.varints(count, size) + 1) - 1
+    if count and positions[-1] >= size:
+        raise RunError(f"corrupt message: mask {name!r} has {size} positions, {positions[-1]} is named")
+    flags = np.zeros(size, np.bool_)
+    flags[positions] = True
+    if tag == Codec.ACTIVE:
+        return flags
+    return ~flags if tag == Codec.INACTIVE or base is None else flags ^ base

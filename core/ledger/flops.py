@@ -1,0 +1,75 @@
+"""FLOPs of training, from the MACs of each layer and the densities of its mask.
+
+Convention: a multiply-accumulate (MAC) is 2 FLOPs. For each training sample and each layer, forward costs
+2·MAC·density, the input gradient the same (in the first layer too), the weight gradient 2·MAC·(trainable
+density); density counts active weights, trainable density those of them that are not frozen, and a layer
+without a mask has density 1. A dense gradient that a grow score asks for costs, for each of its samples,
+a forward pass and an input gradient at the mask's density and a weight gradient of 2·MAC. Layers without
+MACs of their own (normalisation, activations, pooling), biases and optimiser steps count nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .messages import Count
+
+
+class Cost(NamedTuple):
+    """FLOPs of one sample: of a training step, and of the dense gradient of a grow score."""
+
+    step: float
+    score: float
+
+
+def forward_macs(model: nn.Module, input_shape: Iterable[int], prunable: Iterable[str]) -> dict[str, float]:
+    """MACs of one image's forward pass by weight parameter, as `named_parameters` names them.
+
+    `input_shape` is one image's, without the batch. All weights of convolutions and linear layers are
+    there, and every name in `prunable` (0 if it takes part in no matrix product). Measured on a copy on the
+    meta device in evaluation mode: `model` stays as it is, nothing is computed, no random number is drawn.
+    A module with several weights (attention) shares its MACs in proportion to their sizes.
+    """
+    twin = copy.deepcopy(model).to("meta").eval()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        twin(torch.empty(1, *input_shape, device="meta"))
+    flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    root = type(twin).__name__
+
+    def total(path: str) -> int:
+        return flops.get(f"{root}.{path}" if path else root, 0)
+
+    names = {id(param): name for name, param in twin.named_parameters()}
+    macs = dict.fromkeys(prunable, 0.0)
+    # a module that is reached by two paths is counted under one of them: add up both
+    for path, module in twin.named_modules(remove_duplicate=False):
+        children = (f"{path}.{child}" if path else child for child, _ in module.named_children())
+        own = total(path) - sum(map(total, children))
+        weights = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
+        size = sum(p.numel() for p in weights)
+        for param in weights if own else ():
+            name = names[id(param)]
+            macs[name] = macs.get(name, 0.0) + own / 2 * (param.numel() / size)
+    return macs
+
+
+def training_cost(macs: Mapping[str, float], counts: Mapping[str, Count], sizes: Mapping[str, int]) -> Cost:
+    """FLOPs a sample, by the convention of this module.
+
+    `counts` as `messages.count` gives them; `sizes` are the positions of each parameter.
+    """
+    step = score = 0.0
+    for name, mac in macs.items():
+        live, still = counts[name]
+        # product before quotient: MACs are a multiple of the weights, so that the result is a whole number
+        active, trainable = mac * (live + still) / sizes[name], mac * live / sizes[name]
+        step += 2 * (2 * active + trainable)
+        score += 2 * (2 * active + mac)
+    return Cost(step, score)

@@ -1,0 +1,102 @@
+"""The loss that local steps differentiate: model, effective parameters and penalties together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from .masks import is_stacked
+from .state import Batch, Carry, Masks, Params
+
+EffectiveParams = Callable[[Params, Masks], Params]
+Penalty = Callable[[Params, Params], Tensor]
+
+
+@dataclass(frozen=True)
+class ModelLoss:
+    """Cross-entropy of a model in training mode, through `effective_params` and every penalty."""
+
+    model: nn.Module
+    effective_params: EffectiveParams | None = None
+    penalties: tuple[Penalty, ...] = ()
+
+    def plain(self, weights: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Params]:
+        """Mean cross-entropy at effective weights, without penalties, and the buffers after the pass."""
+        moved = {name: b.clone() for name, b in buffers.items()}  # layers write running statistics in place
+        outputs = functional_call(self.model, {**weights, **moved}, (batch.inputs,))
+        return cross_entropy(outputs, batch.targets), moved
+
+    def total(
+        self, params: Params, mask: Masks, anchor: Params, buffers: Params, batch: Batch
+    ) -> tuple[Tensor, Params]:
+        """The training loss and the buffers after the pass."""
+        value, moved = self.plain(self.weights(params, mask), buffers, batch)
+        for penalty in self.penalties:
+            value = value + penalty(params, anchor)
+        return value, moved
+
+    def weights(self, params: Params, mask: Masks) -> Params:
+        """What the layers use."""
+        return params if self.effective_params is None else self.effective_params(params, mask)
+
+
+@dataclass(frozen=True)
+class ClientLoss:
+    """The loss of one client: a `ModelLoss` with this client's mask and download."""
+
+    of: ModelLoss
+    mask: Masks
+    anchor: Params
+
+    def value_and_grad(self, params: Params, carry: Carry, batch: Batch) -> tuple[Tensor, Params, Carry]:
+        """Loss (0-d), its gradient by parameter, dense, and the carry with the new buffers."""
+        if is_stacked(params) or is_stacked(batch._asdict()):
+            grads, (value, buffers) = torch.func.grad(self._with_aux, has_aux=True)(params, carry, batch)
+            return value, grads, Carry(buffers, carry.state)
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        with torch.enable_grad():
+            value, buffers = self.of.total(leaves, self.mask, self.anchor, carry.buffers, batch)
+        grads = gradient(value, leaves)
+        return value.detach(), grads, Carry({n: b.detach() for n, b in buffers.items()}, carry.state)
+
+    def _with_aux(self, params: Params, carry: Carry, batch: Batch) -> tuple[Tensor, tuple[Tensor, Params]]:
+        value, buffers = self.of.total(params, self.mask, self.anchor, carry.buffers, batch)
+        return value, (value, buffers)
+
+    def dense_grad(self, params: Params, carry: Carry, batches: Sequence[Batch]) -> Params:
+        """Gradient of the plain loss by effective weight, masked positions included, mean over samples."""
+        weights = {n: w.detach().requires_grad_() for n, w in self.of.weights(params, self.mask).items()}
+        batch = Batch(*(torch.cat(field) for field in zip(*batches)))
+        with torch.enable_grad():
+            value, _ = self.of.plain(weights, carry.buffers, batch)
+        return gradient(value, weights)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Loss and gradients on a sample of training data, for masks found before training."""
+
+    of: ModelLoss
+    buffers: Params
+    batch: Batch
+
+    def loss(self, params: Params) -> Tensor:
+        """Mean cross-entropy, 0-d, differentiable by `params` (twice, for GraSP)."""
+        with torch.enable_grad():
+            return self.of.plain(params, self.buffers, self.batch)[0]
+
+    def gradient(self, params: Params) -> Params:
+        """Its gradient, dense, by parameter."""
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        return gradient(self.loss(leaves), leaves)
+
+
+def gradient(value: Tensor, leaves: Params) -> Params:
+    """Gradient of a scalar by every leaf; zeros where it does not depend on one."""
+    found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, found))

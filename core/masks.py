@@ -1,0 +1,114 @@
+"""Mask arithmetic shared by methods: prune the smallest, grow the largest, grow at random.
+
+All functions are pure and keep the flat (row-major) order as the tie rule. Counts are Python numbers, so that
+they run under `torch.func.vmap`; only those that say so look at tensor values on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from . import rng
+from .budget import Budget
+from .state import Masks, Params, Scores
+
+
+def largest(score: Tensor, count: int) -> Tensor:
+    """Mask of the `count` largest entries of `score`; among equals the lower flat index wins."""
+    flat = score.flatten()
+    if count <= 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    if count >= flat.numel():
+        return torch.ones_like(score, dtype=torch.bool)
+    threshold = flat.kthvalue(flat.numel() - count + 1).values
+    above, tied = flat > threshold, flat == threshold
+    chosen = above | (tied & (tied.cumsum(0) <= count - above.sum()))
+    return chosen.view(score.shape)
+
+
+def by_budget(scores: Scores, budget: Budget) -> Masks:
+    """The largest scores of each layer, or of the whole network under "global" allocation."""
+    if budget.counts is not None:
+        return {layer.name: largest(scores[layer.name], budget.counts[layer.name]) for layer in budget.layers}
+    flat = torch.cat([scores[layer.name].flatten() for layer in budget.layers])
+    parts = largest(flat, budget.total).split([layer.weights for layer in budget.layers])
+    return {layer.name: part.view(layer.shape) for layer, part in zip(budget.layers, parts)}
+
+
+def prune_smallest(params: Params, mask: Masks, budget: Budget, frozen: Masks | None = None) -> Masks:
+    """The active weights of largest magnitude, at most as many as the budget; none is added.
+
+    Active positions rank before inactive ones, so an active weight that is exactly 0 is no tie with a
+    masked zero; frozen positions rank above everything. Outside vmap a mask within its budget comes back
+    as it is (looks at the counts).
+    """
+    if not is_stacked(mask) and within(mask, budget):
+        return mask
+    scores = {}
+    for name, active in mask.items():
+        score = torch.where(active, params[name].abs(), -1.0)
+        protected = frozen.get(name) if frozen else None
+        scores[name] = score if protected is None else score.masked_fill(protected, math.inf)
+    kept = by_budget(scores, budget)
+    return {name: kept[name] & active for name, active in mask.items()}
+
+
+def grow_largest(mask: Masks, score: Scores, budget: Budget) -> Masks:
+    """The mask filled up to the budget with inactive positions of largest score; nothing is dropped
+    unless the mask exceeds the budget."""
+    ranked = {name: torch.where(active, math.inf, score[name]) for name, active in mask.items()}
+    return by_budget(ranked, budget)
+
+
+def drop_smallest(params: Params, mask: Masks, frozen: Masks, counts: Mapping[str, int]) -> Masks:
+    """The mask without the `counts[layer]` active, unfrozen weights of smallest magnitude (or all of them)."""
+    kept = {}
+    for name, active in mask.items():
+        movable = active & ~frozen[name]
+        smallest = largest(torch.where(movable, -params[name].abs(), -math.inf), counts[name])
+        kept[name] = active & ~(smallest & movable)
+    return kept
+
+
+def grow_random(mask: Masks, counts: Mapping[str, int], key: Tensor) -> Masks:
+    """The mask with `counts[layer]` more positions, uniform without replacement among the inactive ones."""
+    grown = {}
+    for name, active in mask.items():
+        draw = rng.bits(rng.fold(key, name), active.shape).masked_fill(active, -1)
+        grown[name] = active | largest(draw, counts[name])
+    return grown
+
+
+def apply(params: Params, mask: Masks) -> Params:
+    """Parameters with zeros off the mask; unmasked ones as they are."""
+    return {name: torch.where(mask[name], p, 0.0) if name in mask else p for name, p in params.items()}
+
+
+def active(mask: Masks) -> dict[str, int]:
+    """Active weights a layer (looks at the counts: one transfer to the host)."""
+    return dict(zip(mask, map_counts(mask, lambda m: m)))
+
+
+def map_counts(mask: Masks, function: Callable[[Tensor], Tensor]) -> list[int]:
+    """Number of True entries of function(mask), by layer, in one transfer."""
+    if not mask:
+        return []
+    counted: list[int] = torch.stack([function(m).sum() for m in mask.values()]).tolist()
+    return counted
+
+
+def within(mask: Masks, budget: Budget) -> bool:
+    """Whether no layer (or, under "global" allocation, not the network) is above its budget."""
+    counts = active(mask)
+    if budget.counts is None:
+        return sum(counts.values()) <= budget.total
+    return all(counts[name] <= allowed for name, allowed in budget.counts.items())
+
+
+def is_stacked(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors are those of `torch.func.vmap` or `grad`, which have no host values."""
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors.values())

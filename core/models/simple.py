@@ -1,0 +1,95 @@
+"""Plain stacks of convolutions and linear layers, and the two that fit any small image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from .architecture import Architecture, unsuited
+
+Width = Annotated[int, Field(ge=1, le=65_536)]
+"""Channels or units of one layer."""
+
+
+class Stack(nn.Module):
+    """Convolutions `conv1`, …, each followed by max-pooling and ReLU, then linear layers `fc1`, ….
+
+    `channels` and `units` are the widths of convolutions and of hidden linear layers; `pool` is the window
+    and the stride. The last linear layer gives `classes` logits, or probabilities with `softmax`.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        classes: int,
+        *,
+        channels: Sequence[int] = (),
+        kernel: int = 3,
+        padding: int = 1,
+        pool: tuple[int, int] = (2, 2),
+        units: Sequence[int] = (),
+        softmax: bool = False,
+    ) -> None:
+        super().__init__()
+        width, *size = input_shape
+        self.pool, self.softmax = pool, softmax
+        self.convs = [f"conv{i}" for i in range(1, len(channels) + 1)]
+        for name, out in zip(self.convs, channels, strict=True):
+            self.add_module(name, nn.Conv2d(width, out, kernel, padding=padding))
+            size = [(n + 2 * padding - kernel + 1 - pool[0]) // pool[1] + 1 for n in size]
+            if min(size) < 1:
+                raise unsuited(
+                    f"nothing is left of {input_shape[1]}x{input_shape[2]} inputs after {name} and its "
+                    f"pooling; use fewer convolutions"
+                )
+            width = out
+        width *= size[0] * size[1]
+        self.linears = [f"fc{i}" for i in range(1, len(units) + 2)]
+        for name, out in zip(self.linears, [*units, classes], strict=True):
+            self.add_module(name, nn.Linear(width, out))
+            width = out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) to (b, classes)."""
+        for name in self.convs:
+            # ReLU and max-pooling commute; this order applies ReLU to the smaller tensor
+            x = torch.relu(nn.functional.max_pool2d(getattr(self, name)(x), *self.pool))
+        x = x.flatten(1)
+        for name in self.linears[:-1]:
+            x = torch.relu(getattr(self, name)(x))
+        x = getattr(self, self.linears[-1])(x)
+        return x.softmax(dim=1) if self.softmax else x
+
+
+class Mlp(Architecture):
+    """Linear layers with ReLU between them, for inputs of any shape."""
+
+    hidden: tuple[Width, ...] = Field(
+        default=(200, 200),
+        max_length=16,
+        description="Units of each hidden layer, 1 to 65,536, at most 16 layers; empty is a linear model.",
+    )
+
+    def build(self, input_shape: tuple[int, int, int], classes: int) -> nn.Module:
+        """Layers `fc1`, `fc2`, …."""
+        return Stack(input_shape, classes, units=self.hidden)
+
+
+class Cnn(Architecture):
+    """3x3 convolutions with ReLU and 2x2 max-pooling, one hidden linear layer: for any small image."""
+
+    widths: tuple[Width, ...] = Field(
+        default=(32, 64),
+        min_length=1,
+        max_length=16,
+        description="Channels of each convolution, 1 to 65,536 each; each halves height and width.",
+    )
+    hidden: Width = Field(default=128, description="Units of the hidden linear layer, 1 to 65,536.")
+
+    def build(self, input_shape: tuple[int, int, int], classes: int) -> nn.Module:
+        """Layers `conv1`, `conv2`, …, `fc1`, `fc2`."""
+        return Stack(input_shape, classes, channels=self.widths, units=(self.hidden,))

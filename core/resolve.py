@@ -1,0 +1,320 @@
+"""From names and settings to a validated run: presets, files, swaps and `--set`, all errors at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from .component import Component
+from .config import (
+    CHOICES,
+    Layer,
+    Merged,
+    MethodConfig,
+    RunConfig,
+    Tree,
+    expand,
+    load_config,
+    merge,
+    method_preset,
+    parse_set,
+    problems_of,
+    to_toml,
+)
+from .data import DATASETS, PARTITIONS
+from .errors import ConfigError, Problem, nearest
+from .hookspecs import SLOTS
+from .method import Method
+from .models import MODELS, CustomModel
+from .part import Part
+from .registry import Plugin, Registry
+
+DEFAULT_PLUGIN = "fedavg"
+"""Fills the slots that a method leaves out, and runs when no plugin is named."""
+
+_TASK_CHOICES: dict[str, dict[str, type[Component]]] = {
+    "dataset": DATASETS,
+    "model": MODELS,
+    "partition": PARTITIONS,
+}
+_TASK_DEFAULTS = {"dataset": "digits", "model": "cnn", "partition": "dirichlet"}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run's configuration with where everything came from."""
+
+    config: RunConfig
+    method: Method
+    uses: Mapping[str, str]
+    swaps: Mapping[str, str]
+    sources: Mapping[str, str]
+    dropped: tuple[str, ...]
+
+    def tree(self) -> Tree:
+        """The whole configuration as nested tables of plain values."""
+        plain: Tree = self.config.model_dump(mode="json")
+        for section, name in CHOICES:
+            plain[section][name] = {"use": self.uses[f"{section}.{name}"], **plain[section][name]}
+        extras = self.config.method.extras
+        plain["method"]["extras"] = {type(part).__name__: part.model_dump(mode="json") for part in extras}
+        return plain
+
+    def toml(self, provenance: bool = False) -> str:
+        """The configuration as TOML that `--config` accepts; with the source of each value if asked."""
+        tree = self.tree()
+        comments = {path: self.sources.get(path, "default") for path in _paths(tree)} if provenance else None
+        return to_toml(tree, comments)
+
+
+def resolve(
+    plugin: str | None = None,
+    configs: Sequence[str] = (),
+    swaps: Sequence[str] = (),
+    sets: Sequence[str] = (),
+    *,
+    layers: Sequence[Layer] = (),
+    registry: Registry | None = None,
+) -> Resolved:
+    """Validates a run. Later wins: defaults, the method's preset, `configs`, `swaps`, `sets`, `layers`.
+
+    Raises ConfigError with every problem found.
+    """
+    registry = registry or Registry()
+    problems: list[Problem] = []
+    files = _collect(load_config, configs, problems)
+    changes = _collect(parse_set, sets, problems)
+    swapped = _collect(parse_swap, swaps, problems)
+    if plugin is not None:
+        layers = [*layers, Layer("--plugin", {"method": {"plugin": plugin}})]
+    name = _plugin_name([*files, *changes, *layers])
+    found = _collect(registry.load, [name, DEFAULT_PLUGIN], problems)
+    if len(found) < 2:
+        raise ConfigError(problems)  # without its method nothing below can be judged
+    method = found[0].method
+    if method is None:
+        raise ConfigError([*problems, Problem("method.plugin", _no_method(name, found[0], registry))])
+    preset = [Layer(f"preset {name}", expand(dict(method.preset)))] if method.preset else []
+    shipped = method_preset(name)
+    merged = merge([*([shipped] if shipped else preset), *files, *swapped, *changes, *layers])
+    merged.values.setdefault("method", {})
+    if isinstance(merged.values["method"], dict):
+        merged.values["method"].setdefault("plugin", name)
+    return _build(merged, found[0], found[1], registry, problems, _swap_names(swapped))
+
+
+def parse_swap(text: str) -> Layer:
+    """The layer of `--swap slot=plugin` or `slot=plugin:Part`."""
+    slot, equals, use = (piece.strip() for piece in text.partition("="))
+    if not equals or not use:
+        raise ConfigError(f"--swap {text}: expected SLOT=PLUGIN or SLOT=PLUGIN:Part")
+    if slot not in SLOTS:
+        raise ConfigError(f"--swap {text}: unknown slot {slot!r}. {nearest(slot, SLOTS)}")
+    return Layer(f"--swap {text}", {"method": {slot: {"use": use}}})
+
+
+def find_part(use: str, slot: str, registry: Registry) -> tuple[str, Part | type[Part]]:
+    """The part that `use` names for a slot, and its full name `plugin:Part`.
+
+    `plugin` alone means whatever that plugin's method puts in the slot.
+    """
+    name, colon, part_name = use.rpartition(":")
+    if not colon:
+        name, part_name = use, ""
+    plugin = registry.load(name)
+    if not part_name:
+        if plugin.method is None:
+            raise ConfigError(_no_method(name, plugin, registry))
+        method, owner = plugin.method, name
+        part = method.part(slot)
+        if part is None:
+            default = registry.load(DEFAULT_PLUGIN).method
+            part, owner = (default.part(slot) if default else None), DEFAULT_PLUGIN
+        assert part is not None  # the default method fills every slot
+        return f"{owner}:{type(part).__name__}", part
+    fitting = {name: cls for name, cls in plugin.parts.items() if cls.slot() == slot}
+    if part_name in fitting:
+        return use, fitting[part_name]
+    if part_name in plugin.parts:
+        raise ConfigError(
+            f"part {use} fills the slot {plugin.parts[part_name].slot()}, not {slot}. "
+            f"Parts of {name} for {slot}: {', '.join(sorted(fitting)) or 'none'}"
+        )
+    raise ConfigError(
+        f"plugin {name!r} has no part {part_name!r}. {nearest(part_name, fitting or plugin.parts)}"
+    )
+
+
+def _build(
+    merged: Merged,
+    plugin: Plugin,
+    default: Plugin,
+    registry: Registry,
+    problems: list[Problem],
+    swaps: dict[str, str],
+) -> Resolved:
+    """Validates every table of the merged settings and puts the run together."""
+    tree = {key: dict(value) if isinstance(value, dict) else value for key, value in merged.values.items()}
+    task, method_table = tree.setdefault("task", {}), tree["method"]
+    uses: dict[str, str] = {}
+    failed: set[str] = set()
+
+    def validated(path: str, cls: type[Component], base: Tree, given: Tree) -> Component | None:
+        try:
+            return cls.model_validate({**base, **given})
+        except ValidationError as error:
+            problems.extend(_sourced(problems_of(error, path, given, cls), merged))
+        failed.add(path)
+        return None
+
+    def refuse(path: str, message: str) -> None:
+        failed.add(path)
+        problems.extend(_sourced([Problem(path, message)], merged))
+
+    if isinstance(task, dict):
+        for name, choices in _TASK_CHOICES.items():
+            table = task.get(name, {})
+            if not isinstance(table, dict):
+                refuse(f"task.{name}", f"given {table!r}; expected a name or a table with use = \"name\"")
+                continue
+            given = dict(table)
+            use = given.pop("use", _TASK_DEFAULTS[name])
+            uses[f"task.{name}"] = use
+            if name == "model" and isinstance(use, str) and ":" in use:
+                task[name] = validated(f"task.{name}", CustomModel, {"target": use}, given)
+            elif use in choices:
+                task[name] = validated(f"task.{name}", choices[use], {}, given)
+            else:
+                more = " or module:callable" if name == "model" else ""
+                refuse(f"task.{name}.use", f"unknown {name} {use!r}. {nearest(str(use), choices)}{more}")
+                failed.add(f"task.{name}")
+    if isinstance(method_table, dict):
+        for slot in SLOTS:
+            path, table = f"method.{slot}", method_table.get(slot, {})
+            if not isinstance(table, dict):
+                refuse(path, f'given {table!r}; expected a table such as {{use = "feddst"}}')
+                continue
+            given = dict(table)
+            use = given.pop("use", method_table["plugin"])
+            try:
+                uses[path], part = find_part(str(use), slot, registry)
+            except ConfigError as error:
+                refuse(f"{path}.use" if "use" in table else path, str(error))
+                failed.add(path)
+                continue
+            base = part.model_dump(exclude_unset=True) if isinstance(part, Part) else {}
+            cls = type(part) if isinstance(part, Part) else part
+            method_table[slot] = validated(path, cls, base, given)
+        method_table["extras"] = _extras(method_table.get("extras", {}), plugin, validated, refuse)
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        found = problems_of(error, "", tree, RunConfig)
+        fresh = [p for p in found if not any(p.path == f or p.path.startswith(f"{f}.") for f in failed)]
+        problems.extend(_sourced(fresh, merged))
+    if problems:
+        raise ConfigError(problems)
+    assert plugin.method is not None
+    parts = {slot: getattr(config.method, slot) for slot in SLOTS}
+    method = plugin.method.with_parts(**parts)
+    sources = dict(merged.sources)
+    for path, use in uses.items():
+        sources.setdefault(f"{path}.use", "default" if path.startswith("task.") else f"method {plugin.name}")
+        if path.startswith("method."):
+            for name in getattr(plugin.method.part(path.partition(".")[2]), "model_fields_set", ()):
+                sources.setdefault(f"{path}.{name}", f"method {use.partition(':')[0]}")
+    return Resolved(config, method, uses, swaps, sources, tuple(merged.dropped))
+
+
+def _extras(table: Any, plugin: Plugin, validated: Any, refuse: Any) -> tuple[Part, ...]:
+    """The method's extra parts with the settings of `[method.extras.ClassName]`."""
+    extras = plugin.method.extras if plugin.method else ()
+    names = {type(part).__name__: part for part in extras}
+    if not isinstance(table, dict):
+        refuse("method.extras", f"given {table!r}; expected tables by part name")
+        return ()
+    for name in table:
+        if name not in names:
+            refuse(f"method.extras.{name}", f"unknown extra. {nearest(name, names)}")
+    made = [
+        validated(
+            f"method.extras.{name}", type(part), part.model_dump(exclude_unset=True), table.get(name, {})
+        )
+        for name, part in names.items()
+    ]
+    return tuple(part for part in made if part is not None)
+
+
+def _plugin_name(layers: Iterable[Layer]) -> str:
+    name = DEFAULT_PLUGIN
+    for layer in layers:
+        table = layer.values.get("method")
+        if isinstance(table, dict) and isinstance(table.get("plugin"), str):
+            name = table["plugin"]
+    return name
+
+
+def _collect(function: Any, arguments: Iterable[str], problems: list[Problem]) -> list[Any]:
+    results = []
+    for argument in arguments:
+        try:
+            results.append(function(argument))
+        except ConfigError as error:
+            problems.extend(error.problems)
+    return results
+
+
+def _sourced(problems: Iterable[Problem], merged: Merged) -> list[Problem]:
+    """The problems, each saying which layer gave the value."""
+    return [
+        Problem(p.path, f"{p.message} (from {source})")
+        if (source := merged.sources.get(p.path))
+        else p
+        for p in problems
+    ]
+
+
+def _swap_names(layers: Iterable[Layer]) -> dict[str, str]:
+    return {slot: table["use"] for layer in layers for slot, table in layer.values["method"].items()}
+
+
+def _no_method(name: str, plugin: Plugin, registry: Registry) -> str:
+    return (
+        f"plugin {name!r} has parts ({', '.join(sorted(plugin.parts))}) but no METHOD; run it by "
+        f"--swap SLOT={name}:Part on another method: {', '.join(registry.names())}"
+    )
+
+
+def _paths(tree: Tree, prefix: str = "") -> Iterable[str]:
+    for key, value in tree.items():
+        yield from _paths(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+
+
+def schema(resolved: Resolved) -> Tree:
+    """JSON schema of this composition's configuration file."""
+    tree = RunConfig.model_json_schema()
+    definitions: Tree = tree.setdefault("$defs", {})
+
+    def choice(cls: type[BaseModel], use: Tree) -> Tree:
+        component = cls.model_json_schema()
+        definitions.update(component.pop("$defs", {}))
+        component["properties"] = {"use": use, **component.get("properties", {})}
+        return component
+
+    task = definitions["TaskConfig"]
+    for name, choices in _TASK_CHOICES.items():
+        tables = [choice(cls, {"const": key}) for key, cls in choices.items()]
+        task["properties"][name] = {"anyOf": [{"enum": list(choices)}, *tables]}
+    task["required"] = []
+    method = definitions[MethodConfig.__name__]
+    for slot in SLOTS:
+        part = getattr(resolved.config.method, slot)
+        method["properties"][slot] = choice(type(part), {"default": resolved.uses[f"method.{slot}"]})
+    extras = {type(p).__name__: type(p).model_json_schema() for p in resolved.config.method.extras}
+    method["properties"]["extras"] = {"type": "object", "properties": extras}
+    method["required"] = []
+    tree["required"] = []
+    return tree

@@ -1,0 +1,62 @@
+"""Random streams keyed by (seed, purpose, round, client): no generator, no state to save.
+
+Device draws are counter-based (SplitMix64 of key and position; Steele, Lea, Flood 2014), elementwise in
+int64, so that they agree bit for bit between CPU and GPU, and between a loop over clients and `vmap`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed int64; int64 arithmetic wraps
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def _digest(*path: str | int) -> int:
+    text = "/".join(f"{type(item).__name__}:{item}" for item in path)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def key(*path: str | int, device: torch.device | str = "cpu") -> Tensor:
+    """The key of a stream, 0-d int64, e.g. `key(seed, "grow", round)`."""
+    number = _digest(*path)
+    return torch.tensor(number - (1 << 64) if number >= 1 << 63 else number, device=device)
+
+
+def fold(stream: Tensor, *path: str | int) -> Tensor:
+    """The key of a stream within a stream, e.g. one a layer."""
+    return _mix(stream ^ key(*path, device=stream.device))
+
+
+def bits(stream: Tensor, shape: Sequence[int]) -> Tensor:
+    """Independent uniform integers in [0, 2^63), int64 of the given shape."""
+    count = int(np.prod(shape, dtype=np.int64))
+    position = torch.arange(1, count + 1, device=stream.device)
+    return _shift(_mix(stream + position * GOLDEN), 1).view(*shape)
+
+
+def uniform(stream: Tensor, shape: Sequence[int]) -> Tensor:
+    """Independent uniform float32 in [0, 1), with 24 random bits each."""
+    return (bits(stream, shape) >> 39).to(torch.float32) * 2.0**-24
+
+
+def generator(*path: str | int) -> np.random.Generator:
+    """A NumPy generator for draws on the host: partitions, sampled clients, batches."""
+    return np.random.Generator(np.random.PCG64(_digest(*path)))
+
+
+def _shift(value: Tensor, by: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (value >> by) & ((1 << (64 - by)) - 1)
+
+
+def _mix(value: Tensor) -> Tensor:
+    value = (value ^ _shift(value, 30)) * _MIX_1
+    value = (value ^ _shift(value, 27)) * _MIX_2
+    return value ^ _shift(value, 31)

@@ -1,0 +1,103 @@
+"""The vocabulary of tensors and records that hooks take and return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""Trainable tensors by name, as `module.named_parameters()` names them."""
+
+Masks = dict[str, Tensor]
+"""bool tensors by parameter name, of the parameter's shape; True = the weight exists (or is frozen)."""
+
+Scores = dict[str, Tensor]
+"""A score a weight, larger is better, for each prunable parameter."""
+
+Sums = dict[str, Tensor]
+"""What `contribute` returns; the engine adds these over clients."""
+
+Memory = dict[str, Any]
+"""A part's own tensors and plain values; checkpointed."""
+
+
+class Batch(NamedTuple):
+    """One minibatch on the device: `inputs` float (b, …) normalised, `targets` int64 (b,)."""
+
+    inputs: Tensor
+    targets: Tensor
+
+
+class Carry(NamedTuple):
+    """What a client carries from step to step besides its parameters.
+
+    `buffers` are the model's (running statistics); `state` holds optimiser state by name, each a dict of
+    tensors by parameter name, so that the engine can clear the entries of weights that were rewired.
+    """
+
+    buffers: Params
+    state: dict[str, Params]
+
+
+class Clock(NamedTuple):
+    """Where the run is: `round` of `rounds` (from 0) and, on a client, `epoch` of `epochs` completed."""
+
+    round: int
+    rounds: int
+    epoch: int = 0
+    epochs: int = 1
+
+
+class Stepped(NamedTuple):
+    """Result of `local_step`; `metrics` are 0-d tensors, averaged over the round weighted by samples."""
+
+    params: Params
+    carry: Carry
+    metrics: dict[str, Tensor]
+
+
+class Frozen(NamedTuple):
+    """Result of `freeze`: what may no longer change, the mask with it (growth), the part's memory."""
+
+    frozen: Masks
+    mask: Masks
+    memory: Memory
+
+
+class Readjusted(NamedTuple):
+    """Result of `readjust`: values and mask belong together; a weight drawn anew restarts at 0."""
+
+    params: Params
+    mask: Masks
+    memory: Memory
+
+
+class Aggregated(NamedTuple):
+    """Result of `aggregate`: the next global model."""
+
+    params: Params
+    mask: Masks
+    memory: Memory
+
+
+@dataclass
+class ServerState:
+    """Everything a run needs to go on: the same numbers on every worker.
+
+    `mask` covers every prunable parameter; `frozen` covers those, and any unprunable parameter that a
+    freeze policy named. `memory` is by slot, `rows` by client id (on the host).
+    """
+
+    round: int
+    params: Params
+    buffers: Params
+    mask: Masks
+    frozen: Masks
+    memory: dict[str, Memory] = field(default_factory=dict)
+    rows: dict[int, Memory] = field(default_factory=dict)
+
+    def copy(self) -> ServerState:
+        """A state that can move on without changing this one; tensors are shared, they are never written."""
+        return replace(self, memory=dict(self.memory), rows=dict(self.rows))

@@ -1,0 +1,149 @@
+"""The task of a run on its device: data, clients and the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import rng
+from .budget import Layer
+from .config import FederationConfig, RunConfig, SparsityConfig
+from .data import Dataset, Partition
+from .errors import ConfigError, Problem, RunError, nearest
+from .state import Batch, Params
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data on the device as stored (uint8), clients as index lists, and the network as a template.
+
+    The module's own parameters are never trained: a run hands it parameters by name.
+    """
+
+    dataset: Dataset
+    partition: Partition
+    model: nn.Module
+    layers: tuple[Layer, ...]
+    federation: FederationConfig
+    seed: int
+    device: torch.device
+
+    def initial(self) -> tuple[Params, Params]:
+        """Parameters and buffers as the framework initialised them."""
+        params = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        buffers = {name: b.detach().clone() for name, b in self.model.named_buffers()}
+        return params, buffers
+
+    def clients(self, round_: int) -> list[int]:
+        """The clients sampled in a round, without replacement, the same for every method of a seed."""
+        stream = rng.generator(self.seed, "clients", round_)
+        chosen = stream.choice(self.partition.clients, self.federation.clients_per_round, replace=False)
+        return [int(client) for client in chosen]
+
+    def batches(self, client: int, round_: int, epoch: int) -> list[Batch]:
+        """A client's minibatches of one local epoch; the last may be short."""
+        indices = self.partition.train_of(client)
+        if self.federation.shuffle:
+            indices = rng.generator(self.seed, "batches", round_, client, epoch).permutation(indices)
+        chosen = torch.from_numpy(np.ascontiguousarray(indices)).to(self.device)
+        inputs = self.dataset.normalise(self.dataset.train_inputs[chosen])
+        targets = self.dataset.train_targets[chosen]
+        size = self.federation.batch_size
+        return [Batch(x, y) for x, y in zip(inputs.split(size), targets.split(size))]
+
+    def sample(self, count: int) -> Batch:
+        """A sample of the pooled training data, the same for every method of a seed."""
+        total = len(self.dataset.train_targets)
+        drawn = rng.generator(self.seed, "probe").choice(total, min(count, total), replace=False)
+        chosen = torch.from_numpy(drawn).to(self.device)
+        return Batch(
+            self.dataset.normalise(self.dataset.train_inputs[chosen]), self.dataset.train_targets[chosen]
+        )
+
+    def test_batches(self, size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pooled test set."""
+        inputs, targets = self.dataset.test_inputs, self.dataset.test_targets
+        for x, y in zip(inputs.split(size), targets.split(size)):
+            yield self.dataset.normalise(x), y
+
+
+def build(config: RunConfig) -> Task:
+    """Loads the data, deals it to the clients and builds the network, all from the seed.
+
+    Raises RunError for data that is missing and ConfigError for settings that the data cannot meet.
+    """
+    device = choose_device(config.execution.device)
+    federation = config.federation
+    loaded: Dataset = config.task.dataset.load(config.task.data_root, config.task.download)  # type: ignore[attr-defined]
+    partition: Partition = config.task.partition.split(  # type: ignore[attr-defined]
+        loaded.train_targets.numpy(),
+        loaded.test_targets.numpy(),
+        federation.clients,
+        rng.generator(config.seed, "partition"),
+    )
+    if partition.clients < federation.clients_per_round:
+        raise ConfigError(
+            [
+                Problem(
+                    "federation.clients_per_round",
+                    f"{federation.clients_per_round} clients a round, but only {partition.clients} of "
+                    f"{federation.clients} have training and test samples under this partition; sample fewer",
+                )
+            ]
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng.key(config.seed, "weights")))
+        model: nn.Module = config.task.model.build(loaded.input_shape, loaded.classes)  # type: ignore[attr-defined]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    layers = prunable_layers(model, config.sparsity)
+    return Task(loaded.to(device), partition, model.to(device), layers, federation, config.seed, device)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a setting: "auto" takes a GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(
+            f"execution.device = {name!r} cannot be used here: {reason}. Allowed: auto, cpu, cuda or cuda:N"
+        ) from None
+    return device
+
+
+def prunable_layers(model: nn.Module, sparsity: SparsityConfig) -> tuple[Layer, ...]:
+    """The prunable parameters, in the model's order.
+
+    "weights": the weight of every convolution and linear layer; "all": every parameter; else patterns as
+    `fnmatch` reads them, each of which must match. Raises ConfigError if nothing is left.
+    """
+    from fnmatch import fnmatchcase
+
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    rule = sparsity.prunable
+    if rule == "all":
+        chosen = list(shapes)
+    elif rule == "weights":
+        chosen = [name for name in shapes if name.endswith("weight") and len(shapes[name]) > 1]
+    else:
+        for pattern in rule:
+            if not any(fnmatchcase(name, pattern) for name in shapes):
+                message = f"{pattern!r} matches no parameter. {nearest(pattern, shapes)}"
+                raise ConfigError([Problem("sparsity.prunable", message)])
+        chosen = [name for name in shapes if any(fnmatchcase(name, pattern) for pattern in rule)]
+    if not chosen:
+        raise ConfigError([Problem("sparsity.prunable", "the model has no such parameter")])
+
+    def biases(name: str) -> int:
+        bias = name.removesuffix("weight") + "bias"
+        return shapes[bias][0] if name.endswith("weight") and bias in shapes and bias not in chosen else 0
+
+    return tuple(Layer(name, shapes[name], biases(name)) for name in chosen)

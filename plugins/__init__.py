@@ -1,0 +1,1 @@
+"""Shipped methods, one file each."""

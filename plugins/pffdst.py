@@ -1,0 +1,154 @@
+"""PFFDST (AAAI 2025, doi 10.1609/aaai.v39i17.34019): freeze half of the network, rewire on the server.
+
+Half A trains a network of half the target density, s1 = (1+s)/2. At mid-run its weights are frozen for good,
+random connections are added up to the target s2 = s, and half B trains only those. At the start of each
+half is a window in which the server, every `period` rounds, drops the smallest weights and draws as many new
+ones at random; in it the network is denser by the differential sparsity f, pruned when the window closes.
+
+Fidelity: the schedule of paper and appendix (windows of R/8 in both halves), whose budgets the published
+tables fit; the released code readjusts in half A only and ends denser than the target. A window closes by
+pruning to the nominal budget, never below it. The network frozen is the current one, not the one with the best
+test accuracy. Clients are weighted by samples and sampled without replacement.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..core import masks
+from ..core.budget import Budget
+from ..core.hookspecs import hookimpl
+from ..core.ledger import Traffic
+from ..core.method import Method
+from ..core.part import Part
+from ..core.schedule import share
+from ..core.state import Clock, Frozen, Masks, Memory, Params, Readjusted
+from .feddst import MaskedMean
+
+
+class FreezeHalf(Part):
+    """Trains at half the target density, then freezes that network and grows to the target."""
+
+    budget_promise: ClassVar[Literal["none"]] = "none"  # growth is uniform; the round's pruning reconciles
+
+    at: float = Field(0.5, gt=0, lt=1, description="T_F: freezes after this fraction of the rounds")
+    freeze_scales: bool = Field(
+        True, description="also freeze the scales of normalisation layers, as the released code does"
+    )
+
+    @hookimpl
+    def base_sparsity(self, target: float, clock: Clock) -> float:
+        return (1 + target) / 2 if clock.round < share(clock.rounds, self.at) else target
+
+    @hookimpl
+    def freeze(
+        self,
+        params: Params,
+        mask: Masks,
+        target: float,
+        budget: Budget,
+        clock: Clock,
+        key: Tensor,
+        memory: Memory,
+    ) -> Frozen | None:
+        if clock.round != share(clock.rounds, self.at):
+            return None
+        frozen = dict(mask)
+        if self.freeze_scales:
+            scales = (name for name in params if name.endswith(".weight") and name not in mask)
+            frozen |= {name: torch.ones_like(params[name], dtype=torch.bool) for name in scales}
+        half_a = (1 - target) / 2
+        grown = {layer.name: share(layer.weights, 1 - budget.sparsity - half_a) for layer in budget.layers}
+        # under other allocations than "scaled" a uniform growth can miss a layer's final budget
+        final, now = budget.at(target).counts, masks.active(mask)
+        if final is not None:
+            grown = {name: max(count, final[name] - now[name]) for name, count in grown.items()}
+        return Frozen(frozen, masks.grow_random(mask, grown, key), memory)
+
+
+class ServerReadjust(Part):
+    """The server drops the smallest weights and draws as many at random, inside a window of each half."""
+
+    budget_promise: ClassVar[Literal["none"]] = "none"  # swaps q weights a layer whatever the count
+    site: ClassVar[Literal["server:start"]] = "server:start"
+
+    ratio: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="f/(1-s1): differential sparsity over half A's density; the denser part of a window",
+    )
+    period: int = Field(10, ge=1, description="ΔR: rounds between readjustments")
+    starts: tuple[float, ...] = Field(
+        (0.0, 0.5), description="where windows open, as fractions of the rounds in [0, 1)"
+    )
+    window: float = Field(0.125, ge=0, le=0.5, description="length of a window, as a fraction of the rounds")
+
+    def differential(self, target: float) -> float:
+        """f = ratio·(1-s1) = ratio·(1-s)/2."""
+        return self.ratio * (1 - target) / 2
+
+    def windows(self, rounds: int) -> list[tuple[int, int]]:
+        """(T_open, T_close) of each window."""
+        opens = [share(rounds, start) for start in self.starts]
+        return [(opened, opened + share(rounds, self.window)) for opened in opens]
+
+    @hookimpl
+    def target_sparsity(self, base: float, target: float, clock: Clock) -> float:
+        inside = any(opened <= clock.round < closed for opened, closed in self.windows(clock.rounds))
+        return max(base - self.differential(target), 0.0) if inside else base
+
+    @hookimpl
+    def due(self, clock: Clock) -> bool:
+        inside = any(opened < clock.round < closed for opened, closed in self.windows(clock.rounds))
+        return (inside and clock.round % self.period == 0) or self.closing(clock)
+
+    def closing(self, clock: Clock) -> bool:
+        """Whether a window closes in this round: prune, no growth."""
+        return any(clock.round == closed > opened for opened, closed in self.windows(clock.rounds))
+
+    @hookimpl
+    def readjust(
+        self,
+        params: Params,
+        mask: Masks,
+        frozen: Masks,
+        target: float,
+        budget: Budget,
+        clock: Clock,
+        key: Tensor,
+        memory: Memory,
+    ) -> Readjusted:
+        if self.closing(clock):
+            moved = masks.prune_smallest(params, mask, budget, frozen)
+            return Readjusted(masks.apply(params, moved), moved, memory)
+        swapped = {layer.name: share(layer.weights, self.differential(target)) for layer in budget.layers}
+        kept = masks.drop_smallest(params, mask, frozen, swapped)
+        before, after = masks.active(mask), masks.active(kept)
+        dropped = {name: before[name] - after[name] for name in mask}
+        params = masks.apply(params, kept)
+        return Readjusted(params, masks.grow_random(kept, dropped, key), memory)
+
+
+class CodeCost(Part):
+    """Bytes as the released code counts them: trainable values, biases, 1 bit a weight for a new mask."""
+
+    @hookimpl
+    def paper_bytes(self, traffic: Traffic) -> float:
+        values = 32 * (traffic.active - traffic.frozen + traffic.biases)
+        download = traffic.mask_changed * (traffic.active - traffic.frozen)
+        return (download + (0 if traffic.first_contact else values) + values) / 8
+
+
+METHOD = Method(
+    "pffdst",
+    freeze_policy=FreezeHalf(),
+    readjust=ServerReadjust(),
+    aggregate=MaskedMean(),
+    extras=(CodeCost(),),
+    paper="An Efficient and Accurate Dynamic Sparse Training Framework Based on Parameter-Freezing, AAAI 2025",
+)

@@ -1,0 +1,99 @@
+"""Small runs that tests share."""
+
+import pytest
+import torch
+
+from fedsparse.core import task
+from fedsparse.core.engine import Engine
+from fedsparse.core.resolve import resolve
+
+TINY = {
+    "task.dataset.use": "synthetic",
+    "task.dataset.train": 240,
+    "task.dataset.test": 60,
+    "task.dataset.classes": 4,
+    "task.dataset.channels": 1,
+    "task.dataset.height": 6,
+    "task.dataset.width": 6,
+    "task.model.use": "mlp",
+    "task.model.hidden": [20, 12],
+    "task.partition.use": "iid",
+    "federation.clients": 6,
+    "federation.clients_per_round": 3,
+    "federation.rounds": 24,
+    "federation.batch_size": 16,
+    "federation.learning_rate": 0.05,
+    "federation.momentum": 0.9,
+    "federation.weight_decay": 0.001,
+    "sparsity.target": 0.8,
+    "output.evaluate_every": 8,
+}
+
+
+def toml(value):
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def settings(**changes):
+    """`--set` texts of the tiny task with changes; `federation__rounds=3` stands for federation.rounds."""
+    merged = TINY | {name.replace("__", "."): value for name, value in changes.items()}
+    return [f"{path}={toml(value)}" for path, value in merged.items() if value is not None]
+
+
+def resolved(plugin="fedavg", swaps=(), **changes):
+    return resolve(plugin, swaps=swaps, sets=settings(**changes))
+
+
+def engine(plugin="fedavg", swaps=(), **changes):
+    made = resolved(plugin, swaps, **changes)
+    return Engine(made, task.build(made.config))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_engine():
+    """Builds an engine on a tiny synthetic task: make_engine("pffdst", federation__rounds=8)."""
+    return engine
+
+
+@pytest.fixture
+def make_resolved():
+    """Resolves a configuration on the tiny synthetic task."""
+    return resolved
+
+
+class Watch:
+    """Records what each client uploads, and every step of its training."""
+
+    def __init__(self, engine):
+        self.uploads, self.steps, self.downloads = [], [], []
+        executor = engine.executor
+        upload, step, download = executor.upload, executor.step, executor.download
+
+        def watched_upload(plan, client, uploads):
+            self.uploads.append((plan.clock.round, client))
+            upload(plan, client, uploads)
+
+        def watched_download(plan, number):
+            client = download(plan, number)
+            self.downloads.append((plan.state, client.params, client.mask, client.carry))
+            return client
+
+        def watched_step(expected, place=None, /, **offered):
+            stepped = step(expected, place, **offered)
+            self.steps.append((offered["clock"].round, stepped.params, offered["loss"].mask))
+            return stepped
+
+        executor.upload, executor.step, executor.download = watched_upload, watched_step, watched_download
+
+
+@pytest.fixture
+def watch():
+    """Watches an engine's clients: watch(engine).uploads, .steps, .downloads."""
+    return Watch
