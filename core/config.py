@@ -86,7 +86,7 @@ class SparsityConfig(Section):
 
     target: float = Field(0.0, ge=0, lt=1, description="final fraction of prunable weights that are zero")
     allocation: Allocation = Field(
-        "scaled", description="how active weights are dealt to layers; 'scaled' is the FedDST code's rule"
+        "erk", description="how active weights are dealt to layers; 'scaled' is the FedDST code's rule"
     )
     prunable: Literal["weights", "all"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         "weights",

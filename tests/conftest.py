@@ -1,5 +1,7 @@
 """Small runs that tests share."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -56,13 +58,13 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_engine():
     """Builds an engine on a tiny synthetic task: make_engine("pffdst", federation__rounds=8)."""
     return engine
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_resolved():
     """Resolves a configuration on the tiny synthetic task."""
     return resolved
@@ -82,7 +84,7 @@ class Watch:
 
         def watched_download(plan, number):
             client = download(plan, number)
-            self.downloads.append((plan.state, client.params, client.mask, client.carry))
+            self.downloads.append((plan.state.params, plan.state.mask, replace(client)))
             return client
 
         def watched_step(expected, place=None, /, **offered):
@@ -93,7 +95,7 @@ class Watch:
         executor.upload, executor.step, executor.download = watched_upload, watched_step, watched_download
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def watch():
     """Watches an engine's clients: watch(engine).uploads, .steps, .downloads."""
     return Watch

@@ -84,8 +84,8 @@ def _checked(dataset: Dataset, folder: Path, download: bool) -> Dataset:
     return dataset
 
 
-def _copied(array: Any) -> Tensor:
-    """A tensor of its own: torchvision's arrays may be views, of memory that is read-only."""
+def _copied(array: npt.NDArray[Any]) -> Tensor:
+    """A contiguous tensor of its own: torchvision's arrays may be views, or read-only."""
     return torch.from_numpy(np.array(array, order="C"))
 
 
@@ -267,14 +267,15 @@ def _mnist_like(
     train, test = _torchvision(name, kind, folder, root, download, parts)
 
     def inputs(part: Any) -> Tensor:
-        return _copied(part.data.mT if transposed else part.data).unsqueeze(1)
+        images = part.data.numpy()
+        return _copied(images.swapaxes(1, 2) if transposed else images).unsqueeze(1)
 
     dataset = Dataset(
         name=name,
         train_inputs=inputs(train),
-        train_targets=_copied(train.targets) - first_label,
+        train_targets=_copied(train.targets.numpy()) - first_label,
         test_inputs=inputs(test),
-        test_targets=_copied(test.targets) - first_label,
+        test_targets=_copied(test.targets.numpy()) - first_label,
         classes=classes,
         mean=constants[0],
         std=constants[1],

@@ -96,15 +96,8 @@ def test_invariant_1_init(make_engine):
     assert masks.active(state.mask) == dict(engine.budget(engine.clock(0)).counts)
     for name, mask in state.mask.items():
         assert not state.params[name][~mask].any()
-    assert torch.equal(state.params["0.bias" if "0.bias" in state.params else biases(state)[0]], initial_bias(engine))
-
-
-def biases(state):
-    return [name for name in state.params if name.endswith("bias")]
-
-
-def initial_bias(engine):
-    return engine.params[[name for name in engine.params if name.endswith("bias")][0]]
+    for name in ("fc1.bias", "fc2.bias", "fc3.bias"):
+        assert torch.equal(state.params[name], engine.params[name])
 
 
 def test_invariants_3_4_5_between_readjustments(make_engine, watch):
@@ -119,10 +112,10 @@ def test_invariants_3_4_5_between_readjustments(make_engine, watch):
     assert all(torch.equal(before[name], after[name]) for name in before)
     for _, params, mask in watched.steps:
         assert all(not params[name][~mask[name]].any() for name in mask)
-    for server, params, mask, carry in watched.downloads:
-        assert params is server.params
-        assert mask is server.mask
-        assert not any(v.any() for v in carry.state["momentum"].values())
+    for params, mask, client in watched.downloads:
+        assert client.params is params
+        assert client.mask is mask
+        assert not any(v.any() for v in client.carry.state["momentum"].values())
     for round_, client in watched.uploads:
         if round_ != 1:
             assert all(
@@ -223,11 +216,12 @@ def test_quirk_9_1_grown_weights_are_trained_before_the_server_prunes(make_engin
     after = next(reports).state
     uploaded = [client for round_, client in watched.uploads if round_ == 1]
     grown = {n: torch.stack([c.mask[n] for c in uploaded]).any(0) & ~before[n] for n in before}
-    assert all((c.params[n][c.mask[n] & ~before[n]] != 0).any() for c in uploaded for n in ("layers.0.weight",) if n in before)
+    for client in uploaded:
+        assert client.params["fc1.weight"][client.mask["fc1.weight"] & ~before["fc1.weight"]].any()
     assert sum(int((grown[n] & after.mask[n]).sum()) for n in before) > 0
 
 
 def test_magnitude_mask_keeps_the_largest_initial_weights():
     params = {"w": torch.tensor([[0.9, -0.1, 0.05, 0.4], [0.01, 0.3, -0.7, 0.02], [0.2, 0.6, 0.15, -0.8]])}
     mask = MagnitudeMask().mask_init(params, budget(0.5))
-    assert mask["w"].int().tolist() == [[1, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 1]] or int(mask["w"].sum()) == 6
+    assert mask["w"].int().tolist() == [[1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1]]
