@@ -1,1 +1,1 @@
-"""The command line: click commands over `core`, drawn with rich. Nothing here imports torch before it runs."""
+"""The command line: click commands over `core`, drawn with rich. Help imports no torch."""

@@ -89,7 +89,9 @@ def _default(field: FieldInfo) -> str:
 def _allowed(field: FieldInfo) -> str:
     """Type and range, as in `float in [0, 1)`."""
     annotation = field.annotation
-    kind = annotation.__name__ if isinstance(annotation, type) and not _generic(annotation) else str(annotation)
+    kind = (
+        annotation.__name__ if isinstance(annotation, type) and not _generic(annotation) else str(annotation)
+    )
     kind = kind.replace("typing.", "").replace("Literal", "one of ")
     bounds = {type(item).__name__: item for item in field.metadata}
     low = bounds.get("Ge") or bounds.get("Gt")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..core.resolve import Resolved
 
 
-class PluginType(click.ParamType):
+class PluginType(click.ParamType[str]):
     """A plugin's name, or the path of a Python file."""
 
     name = "plugin"
@@ -28,7 +28,7 @@ class PluginType(click.ParamType):
         return _starting(incomplete, Registry().names())
 
 
-class ConfigType(click.ParamType):
+class ConfigType(click.ParamType[str]):
     """A shipped preset's name, or the path of a TOML file."""
 
     name = "preset|file"
@@ -41,7 +41,7 @@ class ConfigType(click.ParamType):
         return _starting(incomplete, preset_names()) or [CompletionItem(incomplete, type="file")]
 
 
-class SwapType(click.ParamType):
+class SwapType(click.ParamType[str]):
     """SLOT=PLUGIN or SLOT=PLUGIN:Part."""
 
     name = "slot=plugin"
@@ -51,7 +51,7 @@ class SwapType(click.ParamType):
     ) -> list[CompletionItem]:
         from ..core.hookspecs import SLOTS
 
-        slot, equals, plugin = incomplete.partition("=")
+        slot, equals, _ = incomplete.partition("=")
         if not equals:
             return _starting(slot, [f"{name}=" for name in SLOTS])
         return _starting(incomplete, [f"{slot}={name}" for name in Registry().names()])

@@ -51,7 +51,11 @@ class Budget:
         if self.allocation == "global":
             return None
         return dict(
-            zip([layer.name for layer in self.layers], _RULES[self.allocation](self.layers, self.sparsity))
+            zip(
+                [layer.name for layer in self.layers],
+                _RULES[self.allocation](self.layers, self.sparsity),
+                strict=True,
+            )
         )
 
     @cached_property
@@ -94,7 +98,7 @@ def _scaled(layers: Sequence[Layer], sparsity: float, kernel: Kernel, held: Mapp
     c = (sparsity * sum(sizes) - removed) / spread if spread else 0.0
     return [
         held[index] if index in held else math.floor((1 - c * raw) * size)
-        for index, (raw, size) in enumerate(zip(raws, sizes))
+        for index, (raw, size) in enumerate(zip(raws, sizes, strict=True))
     ]
 
 
@@ -134,8 +138,8 @@ def erdos_renyi(layers: Sequence[Layer], sparsity: float, kernel: Kernel) -> lis
 
 def _apportion(layers: Sequence[Layer], densities: Sequence[float], sparsity: float) -> list[int]:
     """Integer counts in [1, n_l] near density·n_l that add up to round((1 - sparsity)·N)."""
-    ideal = [density * layer.weights for density, layer in zip(densities, layers)]
-    counts = [min(max(math.floor(x), 1), layer.weights) for x, layer in zip(ideal, layers)]
+    ideal = [density * layer.weights for density, layer in zip(densities, layers, strict=True)]
+    counts = [min(max(math.floor(x), 1), layer.weights) for x, layer in zip(ideal, layers, strict=True)]
     missing = max(round((1 - sparsity) * sum(layer.weights for layer in layers)), len(layers)) - sum(counts)
     while missing:
         step = 1 if missing > 0 else -1

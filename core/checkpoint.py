@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state of a run in a folder of two files, safetensors and JSON, written atomically."""
+"""Checkpoints: the whole state of a run in a folder of two files, replaced atomically."""
 
 from __future__ import annotations
 

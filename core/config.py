@@ -118,7 +118,9 @@ class LedgerConfig(Section):
 class OutputConfig(Section):
     """What is written."""
 
-    root: Path = Field(Path("runs"), description="folder that gets a new folder a run, unless --out names one")
+    root: Path = Field(
+        Path("runs"), description="folder that gets a new folder a run, unless --out names one"
+    )
     evaluate_every: int = Field(10, ge=1, description="rounds between evaluations; the last is always one")
     checkpoint_every: int = Field(50, ge=1, description="rounds between checkpoints")
 
@@ -140,12 +142,12 @@ class RunConfig(Section):
 
     seed: int = Field(0, ge=0, description="of every random draw")
     task: TaskConfig
-    federation: FederationConfig = FederationConfig()  # type: ignore[call-arg]
-    sparsity: SparsityConfig = SparsityConfig()  # type: ignore[call-arg]
+    federation: FederationConfig = FederationConfig()
+    sparsity: SparsityConfig = SparsityConfig()
     method: MethodConfig
-    execution: ExecutionConfig = ExecutionConfig()  # type: ignore[call-arg]
-    ledger: LedgerConfig = LedgerConfig()  # type: ignore[call-arg]
-    output: OutputConfig = OutputConfig()  # type: ignore[call-arg]
+    execution: ExecutionConfig = ExecutionConfig()
+    ledger: LedgerConfig = LedgerConfig()
+    output: OutputConfig = OutputConfig()
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ def preset_names() -> dict[str, str]:
 def load_config(reference: str) -> Layer:
     """The layer of `--config`: a shipped preset's name or the path of a TOML file."""
     path = Path(reference)
-    if path.suffix == ".toml" or "/" in reference and path.exists():
+    if path.suffix == ".toml" or ("/" in reference and path.exists()):
         return read_toml(path, f"config {reference}")
     shipped = dict(_presets())
     if reference not in shipped:

@@ -56,7 +56,7 @@ class Counter:
     def verdict(self, where: Where) -> None:
         if not self.counts:
             return
-        for count, message in zip(torch.stack(self.counts).tolist(), self.messages):
+        for count, message in zip(torch.stack(self.counts).tolist(), self.messages, strict=True):
             if count != 0:  # also true for NaN
                 raise where.breach(message.replace("{count}", f"{count:.0f}"))
 
@@ -94,7 +94,12 @@ class Contracts:
         count.verdict(where)
 
     def values(
-        self, where: Where, params: Params, mask: Masks, frozen: Masks | None = None, held: Params | None = None
+        self,
+        where: Where,
+        params: Params,
+        mask: Masks,
+        frozen: Masks | None = None,
+        held: Params | None = None,
     ) -> None:
         """Zero off the mask, no NaN or infinity, frozen values bit-identical to `held`."""
         count = Counter()
@@ -104,7 +109,8 @@ class Contracts:
             if name in mask:
                 off = torch.where(mask[name], 0.0, value).count_nonzero()
                 count.forbid(
-                    off, f"{name!r}: {{count}} weights are not 0 off the mask ({value.numel()} weights; allowed: 0)"
+                    off,
+                    f"{name!r}: {{count}} of {value.numel()} weights are not 0 off the mask (allowed: 0)",
                 )
             if frozen and held and name in frozen:
                 moved = ((value != held[name]) & frozen[name]).sum()

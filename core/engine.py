@@ -19,7 +19,7 @@ from .ledger import Ledger, Traffic, forward_macs, paper_bytes
 from .loss import ModelLoss, Probe
 from .resolve import Resolved
 from .schedule import learning_rate
-from .state import Aggregated, Clock, Frozen, Params, Readjusted, ServerState
+from .state import Aggregated, Clock, Frozen, Masks, Readjusted, ServerState
 from .task import Task
 
 PROBE_SAMPLES = 256  # behind masks that need gradients at initialisation
@@ -226,7 +226,7 @@ class Engine:
         return Budget(self.task.layers, self.config.sparsity.allocation, sparsity)
 
     def record(
-        self, state: ServerState, before: masks.Masks, clients: list[int], uploads: Uploads, clock: Clock
+        self, state: ServerState, before: Masks, clients: list[int], uploads: Uploads, clock: Clock
     ) -> dict[str, Any]:
         """The round's line of `metrics.jsonl`, without its seconds."""
         names = self.prunable
@@ -267,9 +267,6 @@ class Engine:
 
 def rescaled(dense: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """The masked tensor with the norm that it had when dense."""
-    return masked * (dense.norm() / masked.norm().clamp(min=torch.finfo(masked.dtype).tiny))
-
-
-def nonzero(params: Params) -> int:
-    """Parameters that are not 0."""
-    return sum(int(p.count_nonzero()) for p in params.values())
+    before: torch.Tensor = torch.linalg.vector_norm(dense)
+    after: torch.Tensor = torch.linalg.vector_norm(masked)
+    return masked * (before / after.clamp(min=torch.finfo(masked.dtype).tiny))

@@ -11,6 +11,8 @@ Types are in `core/state.py`. `params` holds every trainable tensor by name; `ma
 the part's own, empty at first; `target` is the user's final sparsity, `budget` this round's active counts.
 """
 
+# mypy: disable-error-code="empty-body"
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -75,9 +77,7 @@ class LocalStep:
         """
 
     @hookspec(firstresult=True)
-    def client_init(
-        self, params: Params, mask: Masks, momentum: float, memory: Memory
-    ) -> dict[str, Params]:
+    def client_init(self, params: Params, mask: Masks, momentum: float, memory: Memory) -> dict[str, Params]:
         """When a client starts its round: the fresh optimiser state, by name, e.g. {"momentum": zeros}.
 
         `memory` is this client's row, as its last `client_final` left it. Default: no state.
@@ -184,9 +184,7 @@ class Aggregate:
     """How uploads become the next global model."""
 
     @hookspec(firstresult=True)
-    def contribute(
-        self, params: Params, mask: Masks, anchor: Params, weight: Tensor, carry: Carry
-    ) -> Sums:
+    def contribute(self, params: Params, mask: Masks, anchor: Params, weight: Tensor, carry: Carry) -> Sums:
         """For every client after its training: tensors by name that the engine adds over the cohort.
 
         `weight` is the client's number of training samples, 0-d. Buffers are averaged by the engine.

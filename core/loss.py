@@ -71,7 +71,7 @@ class ClientLoss:
     def dense_grad(self, params: Params, carry: Carry, batches: Sequence[Batch]) -> Params:
         """Gradient of the plain loss by effective weight, masked positions included, mean over samples."""
         weights = {n: w.detach().requires_grad_() for n, w in self.of.weights(params, self.mask).items()}
-        batch = Batch(*(torch.cat(field) for field in zip(*batches)))
+        batch = Batch(*(torch.cat(field) for field in zip(*batches, strict=True)))
         with torch.enable_grad():
             value, _ = self.of.plain(weights, carry.buffers, batch)
         return gradient(value, weights)
@@ -99,4 +99,4 @@ class Probe:
 def gradient(value: Tensor, leaves: Params) -> Params:
     """Gradient of a scalar by every leaf; zeros where it does not depend on one."""
     found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-    return dict(zip(leaves, found))
+    return dict(zip(leaves, found, strict=True))

@@ -35,8 +35,8 @@ def by_budget(scores: Scores, budget: Budget) -> Masks:
     if budget.counts is not None:
         return {layer.name: largest(scores[layer.name], budget.counts[layer.name]) for layer in budget.layers}
     flat = torch.cat([scores[layer.name].flatten() for layer in budget.layers])
-    parts = largest(flat, budget.total).split([layer.weights for layer in budget.layers])
-    return {layer.name: part.view(layer.shape) for layer, part in zip(budget.layers, parts)}
+    parts = torch.split(largest(flat, budget.total), [layer.weights for layer in budget.layers])
+    return {layer.name: part.view(layer.shape) for layer, part in zip(budget.layers, parts, strict=True)}
 
 
 def prune_smallest(params: Params, mask: Masks, budget: Budget, frozen: Masks | None = None) -> Masks:
@@ -65,7 +65,7 @@ def grow_largest(mask: Masks, score: Scores, budget: Budget) -> Masks:
 
 
 def drop_smallest(params: Params, mask: Masks, frozen: Masks, counts: Mapping[str, int]) -> Masks:
-    """The mask without the `counts[layer]` active, unfrozen weights of smallest magnitude (or all of them)."""
+    """The mask without `counts[layer]` of its unfrozen weights, those of smallest magnitude (or all)."""
     kept = {}
     for name, active in mask.items():
         movable = active & ~frozen[name]
@@ -90,7 +90,7 @@ def apply(params: Params, mask: Masks) -> Params:
 
 def active(mask: Masks) -> dict[str, int]:
     """Active weights a layer (looks at the counts: one transfer to the host)."""
-    return dict(zip(mask, map_counts(mask, lambda m: m)))
+    return dict(zip(mask, map_counts(mask, lambda m: m), strict=True))
 
 
 def map_counts(mask: Masks, function: Callable[[Tensor], Tensor]) -> list[int]:

@@ -40,8 +40,10 @@ def sgd(
         momentum,
         weight_decay,
     )
-    new_state = {**state, "momentum": dict(zip(names, velocity))} if velocity is not None else state
-    return dict(zip(names, moved)), new_state
+    new_state = (
+        {**state, "momentum": dict(zip(names, velocity, strict=True))} if velocity is not None else state
+    )
+    return dict(zip(names, moved, strict=True)), new_state
 
 
 Tensors = list[Tensor]
@@ -63,7 +65,7 @@ def _foreach(
         velocity = list(torch._foreach_mul(velocity, momentum))
         torch._foreach_add_(velocity, grads)
     update = list(torch._foreach_mul(grads if velocity is None else velocity, -lr))
-    for entry, mask in zip(update, trainable):
+    for entry, mask in zip(update, trainable, strict=True):
         if mask is not None:
             entry.mul_(mask)
     torch._foreach_add_(update, params)
@@ -81,11 +83,12 @@ def _elementwise(
 ) -> tuple[Tensors, Tensors | None]:
     """Tensor by tensor, for vmap, which has no foreach."""
     if weight_decay:
-        grads = [g + weight_decay * p for g, p in zip(grads, params)]
+        grads = [g + weight_decay * p for g, p in zip(grads, params, strict=True)]
     if velocity is not None:
-        velocity = [momentum * v + g for v, g in zip(velocity, grads)]
+        velocity = [momentum * v + g for v, g in zip(velocity, grads, strict=True)]
     direction = grads if velocity is None else velocity
     moved = [
-        p + (-lr * d if mask is None else -lr * d * mask) for p, d, mask in zip(params, direction, trainable)
+        p + (-lr * d if mask is None else -lr * d * mask)
+        for p, d, mask in zip(params, direction, trainable, strict=True)
     ]
     return moved, velocity

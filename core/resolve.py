@@ -178,7 +178,7 @@ def _build(
         for name, choices in _TASK_CHOICES.items():
             table = task.get(name, {})
             if not isinstance(table, dict):
-                refuse(f"task.{name}", f"given {table!r}; expected a name or a table with use = \"name\"")
+                refuse(f"task.{name}", f'given {table!r}; expected a name or a table with use = "name"')
                 continue
             given = dict(table)
             use = given.pop("use", _TASK_DEFAULTS[name])
@@ -270,9 +270,7 @@ def _collect(function: Any, arguments: Iterable[str], problems: list[Problem]) -
 def _sourced(problems: Iterable[Problem], merged: Merged) -> list[Problem]:
     """The problems, each saying which layer gave the value."""
     return [
-        Problem(p.path, f"{p.message} (from {source})")
-        if (source := merged.sources.get(p.path))
-        else p
+        Problem(p.path, f"{p.message} (from {source})") if (source := merged.sources.get(p.path)) else p
         for p in problems
     ]
 

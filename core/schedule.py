@@ -29,7 +29,7 @@ def learning_rate(
         return start + (final - start) * done
     if schedule == "cosine":
         return final + (start - final) * (1 + math.cos(math.pi * done)) / 2
-    return start * (final / start) ** done
+    return start * float((final / start) ** done)
 
 
 def share(total: int, fraction: float) -> int:

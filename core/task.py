@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,7 +15,10 @@ from . import rng
 from .budget import Layer
 from .config import FederationConfig, RunConfig, SparsityConfig
 from .data import Dataset, Partition
+from .data.partition import PartitionRule
+from .data.sources import Source
 from .errors import ConfigError, Problem, RunError, nearest
+from .models.architecture import Architecture
 from .state import Batch, Params
 
 
@@ -53,7 +58,9 @@ class Task:
         inputs = self.dataset.normalise(self.dataset.train_inputs[chosen])
         targets = self.dataset.train_targets[chosen]
         size = self.federation.batch_size
-        return [Batch(x, y) for x, y in zip(inputs.split(size), targets.split(size))]
+        return [
+            Batch(x, y) for x, y in zip(torch.split(inputs, size), torch.split(targets, size), strict=True)
+        ]
 
     def sample(self, count: int) -> Batch:
         """A sample of the pooled training data, the same for every method of a seed."""
@@ -67,7 +74,7 @@ class Task:
     def test_batches(self, size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
         """The pooled test set."""
         inputs, targets = self.dataset.test_inputs, self.dataset.test_targets
-        for x, y in zip(inputs.split(size), targets.split(size)):
+        for x, y in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):
             yield self.dataset.normalise(x), y
 
 
@@ -78,8 +85,10 @@ def build(config: RunConfig) -> Task:
     """
     device = choose_device(config.execution.device)
     federation = config.federation
-    loaded: Dataset = config.task.dataset.load(config.task.data_root, config.task.download)  # type: ignore[attr-defined]
-    partition: Partition = config.task.partition.split(  # type: ignore[attr-defined]
+    source = cast(Source, config.task.dataset)
+    rule, architecture = cast(PartitionRule, config.task.partition), cast(Architecture, config.task.model)
+    loaded = source.load(config.task.data_root, config.task.download)
+    partition = rule.split(
         loaded.train_targets.numpy(),
         loaded.test_targets.numpy(),
         federation.clients,
@@ -97,7 +106,7 @@ def build(config: RunConfig) -> Task:
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.key(config.seed, "weights")))
-        model: nn.Module = config.task.model.build(loaded.input_shape, loaded.classes)  # type: ignore[attr-defined]
+        model = architecture.build(loaded.input_shape, loaded.classes)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     layers = prunable_layers(model, config.sparsity)
@@ -125,8 +134,6 @@ def prunable_layers(model: nn.Module, sparsity: SparsityConfig) -> tuple[Layer, 
     "weights": the weight of every convolution and linear layer; "all": every parameter; else patterns as
     `fnmatch` reads them, each of which must match. Raises ConfigError if nothing is left.
     """
-    from fnmatch import fnmatchcase
-
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     rule = sparsity.prunable
     if rule == "all":

@@ -66,7 +66,9 @@ class RunFolder:
         """Writes model, mask and `summary.json`; returns the summary."""
         self._metrics.close()
         tensors = {**state.params, **state.buffers}
-        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, self.path / "model.safetensors")
+        save_file(
+            {name: t.contiguous().cpu() for name, t in tensors.items()}, self.path / "model.safetensors"
+        )
         save_file(
             {name: m.contiguous().cpu() for name, m in state.mask.items()}, self.path / "mask.safetensors"
         )

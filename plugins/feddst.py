@@ -41,9 +41,7 @@ class Regrow(Part):
     annealing: Literal["cosine", "constant"] = Field(
         "cosine", description="how the fraction decays; 'constant' readjusts to the end of the run"
     )
-    end: float = Field(
-        0.5, gt=0, le=1, description="R_end: annealing ends after this fraction of the rounds"
-    )
+    end: float = Field(0.5, gt=0, le=1, description="R_end: annealing ends after this fraction of the rounds")
     final_sparsity: float | None = Field(
         None, ge=0, lt=1, description="S_fin: sparsity reached linearly at `end`; unset keeps the target"
     )

@@ -6,9 +6,9 @@ half is a window in which the server, every `period` rounds, drops the smallest 
 ones at random; in it the network is denser by the differential sparsity f, pruned when the window closes.
 
 Fidelity: the schedule of paper and appendix (windows of R/8 in both halves), whose budgets the published
-tables fit; the released code readjusts in half A only and ends denser than the target. A window closes by
-pruning to the nominal budget, never below it. The network frozen is the current one, not the one with the best
-test accuracy. Clients are weighted by samples and sampled without replacement.
+tables fit; the released code readjusts in half A only and ends denser than the target. A window closes
+by pruning to the nominal budget, never below it. The network frozen is the current one, not the one with
+the best test accuracy. Clients are weighted by samples and sampled without replacement.
 """
 
 from __future__ import annotations
@@ -150,5 +150,5 @@ METHOD = Method(
     readjust=ServerReadjust(),
     aggregate=MaskedMean(),
     extras=(CodeCost(),),
-    paper="An Efficient and Accurate Dynamic Sparse Training Framework Based on Parameter-Freezing, AAAI 2025",
+    paper="An Efficient and Accurate Dynamic Sparse Training Framework Based on Parameter-Freezing, AAAI 25",
 )

@@ -149,7 +149,9 @@ def test_swap_counts_forgive_binary_fractions():
 
 @pytest.mark.parametrize("allocation", [a for a in ALLOCATIONS if not a.startswith("scaled")])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.8, 0.9, 0.98, 0.99])
-@pytest.mark.parametrize("net", [MNIST, CIFAR10, CONV2, resnet18(10)], ids=["mnist", "cifar", "conv2", "resnet"])
+@pytest.mark.parametrize(
+    "net", [MNIST, CIFAR10, CONV2, resnet18(10)], ids=["mnist", "cifar", "conv2", "resnet"]
+)
 def test_totals_are_exact_to_the_unit(allocation, sparsity, net):
     budget = Budget(net, allocation, sparsity)
     assert budget.total == round((1 - sparsity) * budget.weights)

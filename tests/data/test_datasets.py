@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
+
 from fedsparse.core.data import DATASETS, Dataset
 from fedsparse.core.errors import RunError
-from pydantic import ValidationError
 
 
 def load(name: str, root: Path | None = None, download: bool = False, **settings: object) -> Dataset:

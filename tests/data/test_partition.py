@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from fedsparse.core.data import PARTITIONS, Partition
 from fedsparse.core.data.partition import slice_by_class
 from fedsparse.core.errors import ConfigError

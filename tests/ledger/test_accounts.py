@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+
 from fedsparse.core.errors import RunError
 from fedsparse.core.ledger import Ledger, Tally, Traffic
-from torch.overrides import TorchFunctionMode
 
 Tensors = dict[str, torch.Tensor]
 PARAMS = {"fc.weight": torch.ones(16, 16), "fc.bias": torch.ones(16)}

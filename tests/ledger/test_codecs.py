@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fedsparse.core.errors import RunError
 from fedsparse.core.ledger import Codec, decode_masks, encode_masks, masks_size
 

@@ -7,8 +7,9 @@ import itertools
 
 import pytest
 import torch
-from fedsparse.core.ledger import Count, forward_macs, training_cost
 from torch import Tensor, nn
+
+from fedsparse.core.ledger import Count, forward_macs, training_cost
 
 
 def lenet(channels: tuple[int, int, int], sizes: tuple[int, ...]) -> nn.Sequential:

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from fedsparse.core.errors import RunError
 from fedsparse.core.ledger import Message, MessageSize, measure, message_size, pack, prove, unpack
-from torch import nn
 
 CIFAR10_NET = {
     "conv1": (6, 3, 5, 5),

@@ -55,9 +55,7 @@ def aggregate(contributions, sparsity=0.5, min_votes=0.0):
 
 def test_example_10_3_aggregate_of_three_clients():
     union = aggregate(uploads(), sparsity=0.0)
-    expected = torch.tensor(
-        [[0.840708, -0.2, 0.7, 0.475], [0, 0.2, -0.661062, 0.1], [0.5, 0, 0.3, 0.306977]]
-    )
+    expected = torch.tensor([[0.840708, -0.2, 0.7, 0.475], [0, 0.2, -0.661062, 0.1], [0.5, 0, 0.3, 0.306977]])
     torch.testing.assert_close(union.params["w"], expected, atol=5e-7, rtol=0)  # six published digits
     pruned = aggregate(uploads())
     assert pruned.mask["w"].int().tolist() == [[1, 0, 1, 1], [0, 0, 1, 0], [1, 0, 0, 1]]
@@ -132,7 +130,7 @@ def test_invariant_5_aggregate_is_weighted_fedavg_when_masks_agree():
 
 
 def test_invariants_6_7_8_readjust():
-    """Exact counts; the pruned are the smallest, the grown the largest gradients; the rest keeps its value."""
+    """Exact counts; the smallest are pruned, the largest gradients grown; the rest keeps its value."""
     torch.manual_seed(0)
     big = Budget((Layer("w", (30, 40)),), "scaled", 0.8)
     params = {"w": torch.randn(30, 40)}
@@ -171,7 +169,7 @@ def test_invariant_9_dense_feddst_is_fedavg(make_engine):
 
 
 def test_invariants_10_11_aggregation():
-    """No holder: 0. One holder: its value. Convex in the holders. Order and scale of weights do not matter."""
+    """No holder: 0; one: its value; several: between them. Order and scale of weights do not matter."""
     given = uploads()
     made = aggregate(given, 0.0).params["w"]
     assert made[1, 0] == 0
@@ -209,7 +207,9 @@ def test_invariant_14_round_target():
 
 def test_quirk_9_1_grown_weights_are_trained_before_the_server_prunes(make_engine, watch):
     """In the released code they arrive as zeros; here some survive the server's pruning."""
-    engine = make_engine("feddst", method__readjust__ratio=0.3, federation__local_epochs=3, federation__rounds=20)
+    engine = make_engine(
+        "feddst", method__readjust__ratio=0.3, federation__local_epochs=3, federation__rounds=20
+    )
     watched, state = watch(engine), engine.start()
     reports = engine.rounds(state)
     before = next(reports).state.mask

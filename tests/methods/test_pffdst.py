@@ -335,9 +335,7 @@ def test_invariant_11_without_growth_half_b_trains_only_unmasked_parameters():
 
 def test_invariant_12_without_freezing_and_window_it_is_a_fixed_mask(make_engine):
     """Equals FedDST with α = 0."""
-    still = make_engine(
-        "pffdst", ["freeze_policy=fedavg"], federation__rounds=8, method__readjust__ratio=0.0
-    )
+    still = make_engine("pffdst", ["freeze_policy=fedavg"], federation__rounds=8, method__readjust__ratio=0.0)
     feddst = make_engine("feddst", federation__rounds=8, method__readjust__ratio=0.0)
     ends = [list(engine.rounds(engine.start()))[-1].state for engine in (still, feddst)]
     for name in ends[0].params:

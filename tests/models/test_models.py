@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fedsparse.core.errors import ConfigError
-from fedsparse.core.models import MODELS, CustomModel
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.functional import cross_entropy
+
+from fedsparse.core.errors import ConfigError
+from fedsparse.core.models import MODELS, CustomModel
 
 torch.set_num_threads(1)
 
