@@ -7,14 +7,15 @@ slots) choose a component: a layer that sets `use` replaces the whole table of t
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from .budget import Allocation
 from .component import Component
@@ -88,15 +89,21 @@ class SparsityConfig(Section):
     allocation: Allocation = Field(
         "erk", description="how active weights are dealt to layers; 'scaled' is the FedDST code's rule"
     )
-    prunable: Literal["weights", "all"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        "weights",
-        description="weights of every convolution and linear layer, all parameters, or name patterns",
+    prunable: tuple[str, ...] = Field(
+        ("weights",),
+        min_length=1,
+        description="'weights' (of every convolution and linear layer), 'all' parameters, or name patterns",
     )
     rescale_init: bool = Field(
         False,
         description="scale each masked layer's initial weights so that the layer keeps the norm it had when "
         "dense; the papers do not, and deep or narrow networks then start slowly at high sparsity",
     )
+
+    @field_validator("prunable", mode="before")
+    @classmethod
+    def _one_name(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
 
 
 class ExecutionConfig(Section):
@@ -331,6 +338,7 @@ def problems_of(error: Any, prefix: str, given: Mapping[str, Any], schema: type[
             found.append(Problem(path, str(item["ctx"]["error"])))
         else:
             what = item["msg"].replace("Input should be", "must be")
+            what = re.sub("a valid dictionary or instance of .*", "a table of settings", what)
             found.append(Problem(path, f"{what}; given {item['input']!r}"))
     return found
 

@@ -42,8 +42,8 @@ class ConfigError(FedsparseError):
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
-    """`; did you mean 'x'? Allowed: …` for an unknown name, as the tail of a message."""
+    """`Did you mean 'x'? Allowed: …` for an unknown name, as the tail of a message."""
     names = sorted(allowed)
     close = difflib.get_close_matches(given, names, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = f"Did you mean {close[0]!r}? " if close else ""
     return f"{hint}Allowed: {', '.join(names) or 'nothing'}"

@@ -83,6 +83,14 @@ def grow_random(mask: Masks, counts: Mapping[str, int], key: Tensor) -> Masks:
     return grown
 
 
+def random_scores(mask: Masks, key: Tensor) -> Scores:
+    """Independent uniform scores in [0, 1), float64 with 53 random bits, for growth at random."""
+    return {
+        name: (rng.bits(rng.fold(key, name), m.shape) >> 10).to(torch.float64) * 2.0**-53
+        for name, m in mask.items()
+    }
+
+
 def apply(params: Params, mask: Masks) -> Params:
     """Parameters with zeros off the mask; unmasked ones as they are."""
     return {name: torch.where(mask[name], p, 0.0) if name in mask else p for name, p in params.items()}

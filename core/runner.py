@@ -11,7 +11,7 @@ from typing import Any
 from . import checkpoint, task
 from .engine import Engine, Report
 from .resolve import Resolved
-from .tracking import RunFolder
+from .tracking import RunFolder, refuse_taken
 
 Watcher = Callable[[Report], None]
 Begun = Callable[[Engine, RunFolder], None]
@@ -30,6 +30,8 @@ def run(
     of a plugin's error is kept in `error.log`.
     """
     started = time.perf_counter()
+    if out is not None:
+        refuse_taken(out)  # before minutes are spent on data
     engine = Engine(resolved, task.build(resolved.config))
     state = engine.start()
     folder = RunFolder(resolved, out)

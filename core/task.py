@@ -136,9 +136,9 @@ def prunable_layers(model: nn.Module, sparsity: SparsityConfig) -> tuple[Layer, 
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     rule = sparsity.prunable
-    if rule == "all":
+    if rule == ("all",):
         chosen = list(shapes)
-    elif rule == "weights":
+    elif rule == ("weights",):
         chosen = [name for name in shapes if name.endswith("weight") and len(shapes[name]) > 1]
     else:
         for pattern in rule:

@@ -40,9 +40,8 @@ class RunFolder:
         """
         self.resolved = resolved
         self.path = path or _free(resolved)
+        refuse_taken(self.path)
         try:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise RunError(f"{self.path} exists and is not an empty folder; name another with --out")
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "config.toml").write_text(resolved.toml(), encoding="utf-8")
             self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
@@ -94,6 +93,12 @@ class RunFolder:
         """Keeps the traceback of a failed run for the author of a plugin."""
         self._metrics.close()
         (self.path / "error.log").write_text(text, encoding="utf-8")
+
+
+def refuse_taken(path: Path) -> None:
+    """Raises RunError if `path` exists and is not an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(f"{path} exists and is not an empty folder; name another with --out")
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,440 @@
+"""The command line as a user meets it: results, wrong input, help without torch, Ctrl-C."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fedsparse.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+FAST = [
+    "--set",
+    "task.dataset=synthetic",
+    "--set",
+    "task.dataset.train=200",
+    "--set",
+    "task.dataset.test=60",
+    "--set",
+    "task.model=mlp",
+    "--set",
+    "task.partition=iid",
+    "--set",
+    "federation.clients=6",
+    "--set",
+    "federation.clients_per_round=2",
+    "--set",
+    "federation.rounds=4",
+]
+
+
+def fedsparse(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def text(result):
+    return " ".join((result.stdout + result.stderr).split())
+
+
+def test_run_writes_the_folder_and_says_where(tmp_path):
+    result = fedsparse("run", "--plugin", "pffdst", *FAST, "--out", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    assert "pffdst" in result.output
+    assert "test accuracy (pooled)" in result.output
+    assert str(tmp_path / "r") in result.output.replace("\n", "")
+    names = {path.name for path in (tmp_path / "r").iterdir()}
+    assert names == {
+        "config.toml",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoint",
+        "model.safetensors",
+        "mask.safetensors",
+    }
+    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 1, 2, 3]
+    always = {
+        "round",
+        "seconds",
+        "train_loss",
+        "sparsity",
+        "frozen_fraction",
+        "upload_bytes",
+        "download_bytes",
+        "upload_bytes_total",
+        "download_bytes_total",
+        "paper_bytes_total",
+        "flops_total",
+        "mask_changed",
+        "mask_iou",
+        "clients",
+        "samples",
+    }
+    assert all(always <= line.keys() for line in lines)
+    assert {"test_accuracy", "test_loss", "client_accuracy"} <= lines[-1].keys()
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["method"] == "pffdst"
+    assert summary["final"]["test_accuracy"] == lines[-1]["test_accuracy"]
+    assert {"best", "seed", "swaps", "versions", "device", "workers", "wall_seconds", "parameters"} <= set(
+        summary
+    )
+    assert summary["nonzero"] <= summary["parameters"]
+
+
+def test_quiet_prints_the_summary_only(tmp_path):
+    result = fedsparse("run", *FAST, "--quiet", "--out", tmp_path / "r")
+    assert "round     4" not in result.output
+    assert "test accuracy" in result.output
+
+
+def test_swaps_are_recorded_and_dropped_settings_reported(tmp_path):
+    own = tmp_path / "own.toml"
+    own.write_text("[method.readjust]\nperiod = 3\n")
+    arguments = ("--plugin", "pffdst", "--config", own, "--swap", "readjust=feddst", *FAST)
+    result = fedsparse("run", *arguments, "--out", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    assert f"method.readjust.period (config {own}) dropped" in text(result)
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["swaps"] == {"readjust": "feddst"}
+    written = tomllib.loads((tmp_path / "r" / "config.toml").read_text())
+    assert written["method"]["readjust"]["use"] == "feddst:Regrow"
+    assert written["method"]["readjust"]["period"] == 15
+
+
+BROKEN = {
+    "raises.py": (
+        "from fedsparse import Method, Part, hookimpl\n"
+        "class P(Part):\n"
+        "    @hookimpl\n"
+        "    def readjust(self, params):\n"
+        "        return params['nothing']\n"
+        "METHOD = Method('m', readjust=P())\n"
+    ),
+    "shape.py": (
+        "from fedsparse import Method, Part, Aggregated, hookimpl\n"
+        "class P(Part):\n"
+        "    @hookimpl\n"
+        "    def contribute(self, weight):\n"
+        "        return {'weight': weight}\n"
+        "    @hookimpl\n"
+        "    def aggregate(self, params, mask):\n"
+        "        return Aggregated({n: p[:1] for n, p in params.items()}, mask, {})\n"
+        "METHOD = Method('m', aggregate=P())\n"
+    ),
+    "syntax.py": "def (\n",
+    "imports.py": "import nothing_of_that_name\n",
+    "empty.py": "x = 1\n",
+    "hook.py": (
+        "from fedsparse import Method, Part, hookimpl\n"
+        "class P(Part):\n"
+        "    @hookimpl\n"
+        "    def readjusst(self, params):\n"
+        "        return params\n"
+        "METHOD = Method('m', readjust=P())\n"
+    ),
+    "argument.py": (
+        "from fedsparse import Method, Part, hookimpl\n"
+        "class P(Part):\n"
+        "    @hookimpl\n"
+        "    def readjust(self, gradients):\n"
+        "        return gradients\n"
+        "METHOD = Method('m', readjust=P())\n"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "texts"),
+    [
+        (["--plugin", "pfdst"], 2, ["unknown plugin 'pfdst'", "Did you mean 'pffdst'?"]),
+        (["--swap", "reajust=feddst"], 2, ["unknown slot 'reajust'", "'readjust'"]),
+        (["--swap", "readjust=feddst:Regroww"], 2, ["no part 'Regroww'", "'Regrow'"]),
+        (["--swap", "readjust=feddst:MaskedMean"], 2, ["fills the slot aggregate, not readjust"]),
+        (["--swap", "readjust"], 2, ["expected SLOT=PLUGIN"]),
+        (["--set", "sparsity.targt=0.5"], 2, ["sparsity.targt: unknown key", "'target'", "--set"]),
+        (["--set", "sparsty.target=0.5"], 2, ["sparsty: unknown key", "'sparsity'"]),
+        (["--set", "sparsity.target=1.0"], 2, ["sparsity.target: must be less than 1; given 1.0"]),
+        (["--set", "federation.rounds=0"], 2, ["federation.rounds", "greater than or equal to 1; given 0"]),
+        (["--set", "federation.rounds=many"], 2, ["federation.rounds", "valid integer", "'many'"]),
+        (["--set", "federation.learning_rate=nan"], 2, ["federation.learning_rate", "finite"]),
+        (["--set", "federation.clients_per_round=7"], 2, ["clients_per_round is 7", "clients = 6"]),
+        (["--set", "task.model=resnet19"], 2, ["unknown model 'resnet19'", "'resnet18'", "module:callable"]),
+        (["--set", "task.model=nothing:here"], 2, ["task.model", "cannot import 'nothing'"]),
+        (["--set", "task.model=lenet", "--set", "task.dataset.height=9"], 2, ["task.model", "cnn"]),
+        (["--set", "sparsity.prunable=zz*"], 2, ["sparsity.prunable", "matches no parameter"]),
+        (["--set", "rounds"], 2, ["expected KEY=VALUE"]),
+        (["--set", "execution.device=tpu9"], 1, ["execution.device = 'tpu9'", "Allowed: auto, cpu, cuda"]),
+        (["--set", "task=3"], 2, ["task: must be a table"]),
+        (["--config", "cifar10-lennet"], 2, ["no such preset", "'cifar10-lenet'"]),
+        (["--config", "{tmp}/none.toml"], 2, ["cannot read", "No such file"]),
+        (["--config", "{tmp}/broken.toml"], 2, ["is not valid TOML"]),
+        (
+            ["--set", "task.dataset=mnist", "--set", "task.data_root={tmp}"],
+            1,
+            ["mnist", "task.download=true"],
+        ),
+        (["--out", "{tmp}/full"], 1, ["exists and is not an empty folder", "--out"]),
+        (["--plugin", "{tmp}/none.py"], 2, ["there is no such file"]),
+        (["--plugin", "{tmp}/syntax.py"], 2, ["fails to import", "SyntaxError"]),
+        (["--plugin", "{tmp}/imports.py"], 2, ["fails to import", "nothing_of_that_name", "imports.py:1"]),
+        (["--plugin", "{tmp}/empty.py"], 2, ["neither METHOD nor a Part"]),
+        (["--plugin", "{tmp}/hook.py"], 2, ["no known hook", "readjusst"]),
+        (["--plugin", "{tmp}/argument.py"], 2, ["part P", "gradients"]),
+        (["--plugin", "{tmp}/raises.py"], 1, ["part P, slot readjust", "round 0", "KeyError", "raises.py:5"]),
+        (
+            ["--plugin", "{tmp}/shape.py"],
+            1,
+            ["slot aggregate", "'fc1.weight' has shape (1, ", "expected (200"],
+        ),
+    ],
+)
+def test_wrong_input_ends_with_one_message(tmp_path, monkeypatch, arguments, code, texts):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "results.txt").write_text("precious")
+    (tmp_path / "broken.toml").write_text("a = [1,\n")
+    for name, source in BROKEN.items():
+        (tmp_path / name).write_text(source)
+    result = fedsparse("run", *FAST, *(a.format(tmp=tmp_path) for a in arguments))
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    said = text(result)
+    assert "Error: " in said
+    assert "Traceback" not in said
+    for expected in texts:
+        assert expected in said, said
+    assert (tmp_path / "full" / "results.txt").read_text() == "precious"
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["results.txt"]
+
+
+def test_a_failed_run_keeps_the_traceback_for_the_plugins_author(tmp_path):
+    (tmp_path / "raises.py").write_text(BROKEN["raises.py"])
+    fedsparse("run", "--plugin", tmp_path / "raises.py", *FAST, "--out", tmp_path / "r")
+    assert "KeyError: 'nothing'" in (tmp_path / "r" / "error.log").read_text()
+
+
+def test_all_problems_at_once():
+    result = fedsparse(
+        "run",
+        "--set",
+        "sparsity.target=2",
+        "--set",
+        "seed=-1",
+        "--set",
+        "task.partition.alfa=1",
+        "--swap",
+        "x=y",
+    )
+    assert result.exit_code == 2
+    assert "4 problems" in text(result)
+    for path in ("sparsity.target", "seed", "task.partition.alfa", "unknown slot 'x'"):
+        assert path in text(result)
+
+
+def test_default_folders_do_not_collide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert fedsparse("run", *FAST, "--quiet").exit_code == 0
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
+        "fedavg-synthetic-seed0",
+        "fedavg-synthetic-seed0-2",
+    ]
+
+
+def test_plugins_table_shows_failures_and_harms_no_other(monkeypatch, tmp_path):
+    from importlib.metadata import EntryPoint
+
+    from fedsparse.core import registry
+
+    real = registry.entry_points
+    broken = EntryPoint("zzz", "no_such_module_anywhere", "fedsparse")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [*real(group=group), broken])
+    result = fedsparse("plugins")
+    assert result.exit_code == 0
+    for expected in ("fedavg", "feddst", "pffdst", "zzz", "fails to import", "no_such_module_anywhere"):
+        assert expected in text(result)
+    assert fedsparse("run", *FAST, "--quiet", "--out", tmp_path / "r").exit_code == 0
+
+
+def test_plugins_show_lists_fields_with_defaults_and_ranges():
+    said = text(fedsparse("plugins", "show", "pffdst"))
+    for expected in (
+        "freeze_policy",
+        "FreezeHalf",
+        "ServerReadjust",
+        "period",
+        "int in [1, ∞)",
+        "float in (0, 1)",
+    ):
+        assert expected in said
+    assert fedsparse("plugins", "show", "nope").exit_code == 2
+
+
+def test_plugins_can_be_restricted(monkeypatch):
+    monkeypatch.setenv("FEDSPARSE_PLUGINS", "feddst")
+    said = text(fedsparse("plugins"))
+    assert "feddst" in said
+    assert "pffdst" not in said
+    result = fedsparse("run", "--plugin", "pffdst", *FAST)
+    assert result.exit_code == 2
+    assert "FEDSPARSE_PLUGINS restricts" in text(result)
+
+
+def test_config_show_is_toml_with_sources():
+    result = fedsparse("config", "show", "--plugin", "pffdst", "--set", "federation.rounds=7", "--seed", "5")
+    tree = tomllib.loads(result.stdout)
+    assert tree["seed"] == 5
+    assert tree["federation"]["rounds"] == 7
+    assert tree["method"]["readjust"] == {
+        "use": "pffdst:ServerReadjust",
+        "ratio": 0.5,
+        "period": 10,
+        "starts": [0.0, 0.5],
+        "window": 0.125,
+    }
+    sources = dict(re.findall(r"^(\w+) = .*# (.*)$", result.stdout, re.MULTILINE))
+    assert sources["rounds"] == "--set federation.rounds"
+    assert sources["seed"] == "--seed"
+    assert sources["target"] == "preset pffdst"
+    assert sources["clients"] == "default"
+
+
+def test_config_schema_describes_the_composition():
+    tree = json.loads(fedsparse("config", "schema", "--plugin", "pffdst", "--swap", "readjust=feddst").stdout)
+    slots = tree["$defs"]["MethodConfig"]["properties"]
+    assert "min_votes" in slots["aggregate"]["properties"]
+    assert "annealing" in slots["readjust"]["properties"]
+    assert "freeze_scales" in slots["freeze_policy"]["properties"]
+    assert "digits" in json.dumps(tree["$defs"]["TaskConfig"]["properties"]["dataset"])
+
+
+def test_config_validate_and_list(tmp_path):
+    good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
+    good.write_text("[federation]\nrounds = 3\n")
+    bad.write_text("[federation]\nround = 3\nclients = 0\n")
+    assert fedsparse("config", "validate", good, "--plugin", "pffdst").exit_code == 0
+    result = fedsparse("config", "validate", bad)
+    assert result.exit_code == 2
+    assert "federation.round: unknown key" in text(result)
+    assert "federation.clients" in text(result)
+    listed = text(fedsparse("config", "list"))
+    for path in (ROOT / "configs").glob("*.toml"):
+        assert path.stem in listed
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "configs").glob("*.toml")))
+@pytest.mark.parametrize("plugin", ["fedavg", "feddst", "pffdst"])
+def test_every_preset_is_valid_for_every_method(plugin, preset):
+    assert fedsparse("config", "validate", preset, "--plugin", plugin).exit_code == 0
+
+
+def without_torch(code, **environment):
+    """Runs code in a new interpreter and returns its output; fails if torch was imported."""
+    probe = f"{code}\nimport sys\nassert 'torch' not in sys.modules, 'torch was imported'"
+    done = subprocess.run(
+        [sys.executable, "-c", probe],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+COMMANDS = [
+    [],
+    ["run"],
+    ["plugins"],
+    ["plugins", "show"],
+    ["config"],
+    ["config", "show"],
+    ["config", "schema"],
+    ["config", "validate"],
+    ["config", "list"],
+]
+
+
+def test_help_of_every_command_imports_no_torch():
+    from fedsparse.cli.main import main
+
+    names = [[]] + [[name] for name in main.commands]
+    names += [[n, s] for n, g in main.commands.items() for s in getattr(g, "commands", {})]
+    assert sorted(names) == sorted(COMMANDS)
+    code = "from fedsparse.cli.main import main\n" + "".join(
+        f"main({[*command, '--help']}, standalone_mode=False)\n" for command in COMMANDS
+    )
+    said = without_torch(code)
+    assert said.count("Usage:") == len(COMMANDS)
+    assert "cifar10-lenet" in without_torch(
+        "from fedsparse.cli.main import main\nmain(['config', 'list'], standalone_mode=False)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("fedsparse run --plugin ", "pffdst"),
+        ("fedsparse run --plugin fedd", "feddst"),
+        ("fedsparse run --config cif", "cifar10-lenet"),
+        ("fedsparse run --swap read", "readjust="),
+        ("fedsparse run --swap readjust=", "readjust=feddst"),
+        ("fedsparse plugins show ", "fedavg"),
+    ],
+)
+def test_shell_completion_knows_names_and_imports_no_torch(words, expected):
+    code = (
+        "from fedsparse.cli.main import main\n"
+        "try:\n    main(prog_name='fedsparse')\nexcept SystemExit:\n    pass"
+    )
+    said = without_torch(
+        code,
+        _FEDSPARSE_COMPLETE="bash_complete",
+        COMP_WORDS=words,
+        COMP_CWORD=str(len(words.split(" ")) - 1),
+    )
+    assert f"plain,{expected}" in said.splitlines()
+
+
+def test_ctrl_c_ends_with_what_was_recorded(tmp_path):
+    out = tmp_path / "r"
+    command = [sys.executable, "-c", "from fedsparse.cli.main import main; main()", "run", *FAST]
+    process = subprocess.Popen(
+        [
+            *command,
+            "--set",
+            "federation.rounds=100000",
+            "--set",
+            "output.evaluate_every=5",
+            "--out",
+            str(out),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 12):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert "interrupted" in said
+    summary = json.loads((out / "summary.json").read_text())
+    recorded = metrics.read_text().splitlines()
+    assert summary["interrupted"]
+    assert summary["rounds"] == len(recorded) >= 12
+    assert json.loads(recorded[-1])["round"] == len(recorded) - 1
+    assert (out / "model.safetensors").exists()

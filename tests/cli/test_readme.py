@@ -1,0 +1,60 @@
+"""The README's example is a plugin of at most 40 lines that runs, and its tables name what exists."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fedsparse.cli.main import main
+from fedsparse.core.hookspecs import SLOTS
+from fedsparse.core.registry import Registry
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_plugin_runs_and_swaps(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(example.splitlines()) <= 40
+    path = tmp_path / "set.py"
+    path.write_text(example)
+    short = ["--quiet", "--set", "federation.rounds=4", "--set", "method.readjust.period=1"]
+    for number, arguments in enumerate(
+        [["--plugin", str(path)], ["--plugin", "pffdst", "--swap", f"readjust={path}"]]
+    ):
+        out = tmp_path / str(number)
+        result = CliRunner().invoke(main, ["run", *arguments, *short, "--out", str(out)])
+        assert result.exit_code == 0, result.output
+        changed = [
+            int(count) for count in re.findall(r'"mask_changed": (\d+)', (out / "metrics.jsonl").read_text())
+        ]
+        assert max(changed) > 0
+
+
+def test_every_slot_and_method_is_in_the_tables():
+    for slot in SLOTS:
+        assert f"| `{slot}` |" in README
+    for name, plugin in Registry().all():
+        assert f"| `{name}` |" in README
+        for slot in SLOTS:
+            own = plugin.method.part(slot)
+            row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
+            if name != "fedavg" and own is not None and type(own).__module__.endswith(f".{name}"):
+                assert f"`{slot}`" in row
+
+
+@pytest.mark.parametrize("line", re.findall(r"^fedsparse (?:config|plugins).*$", README, re.MULTILINE))
+def test_commands_that_only_look(line):
+    arguments = line.partition("#")[0].split()[1:]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+
+
+def test_ci_runs_the_readmes_test_command():
+    script = (ROOT / ".ci" / "run").read_text()
+    (command,) = re.findall(r"^.*pip install -e '\.\[test\]'.*$", README, re.MULTILINE)
+    assert command.endswith(" && .venv/bin/python -m pytest")
+    assert "README.md" in script
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert any(requirement.startswith("pytest") for requirement in extras["test"])

@@ -1,0 +1,434 @@
+"""The engine: contracts, hooks that the shipped methods leave out, repeatability, checkpoints."""
+
+import json
+from typing import ClassVar
+
+import pytest
+import torch
+
+from fedsparse import Aggregated, Method, Part, Readjusted, Stepped, hookimpl, masks, optim
+from fedsparse.core import checkpoint, task
+from fedsparse.core.compose import PluginError, compose
+from fedsparse.core.contracts import ContractError
+from fedsparse.core.engine import Engine
+from fedsparse.core.errors import ConfigError
+from fedsparse.core.resolve import resolve
+from fedsparse.core.runner import run
+from fedsparse.core.schedule import learning_rate
+from fedsparse.core.state import Carry
+from fedsparse.plugins import fedavg
+
+
+def with_part(make_resolved, part, plugin="fedavg", extras=(), **changes):
+    """An engine of `plugin` with one part replaced by an object of a test."""
+    from dataclasses import replace
+
+    made = make_resolved(plugin, **changes)
+    method = made.method if part is None else made.method.with_parts(**{part.slot(): part})
+    made = replace(made, method=replace(method, extras=extras))
+    return Engine(made, task.build(made.config))
+
+
+def play(engine, rounds=1):
+    reports = engine.rounds(engine.start())
+    return [next(reports) for _ in range(rounds)]
+
+
+class Same(Part):
+    """Returns a mask of the wrong size."""
+
+    @hookimpl
+    def mask_init(self, params, budget):
+        kept = masks.by_budget({layer.name: params[layer.name] for layer in budget.layers}, budget)
+        first = next(iter(kept))
+        kept[first] = kept[first][:1]
+        return kept
+
+
+class OffBudget(Part):
+    """Keeps one weight too many."""
+
+    budget_promise: ClassVar[str] = "exact"
+
+    @hookimpl
+    def mask_init(self, params, budget):
+        kept = masks.by_budget({layer.name: params[layer.name] for layer in budget.layers}, budget)
+        kept["fc2.weight"].view(-1)[kept["fc2.weight"].flatten().int().argmin()] = True
+        return kept
+
+
+class Leaky(Part):
+    """Ignores the mask."""
+
+    @hookimpl
+    def local_step(self, loss, params, carry, batch, lr):
+        value, grads, carry = loss.value_and_grad(params, carry, batch)
+        return Stepped({n: p - lr * grads[n] for n, p in params.items()}, carry, {"loss": value})
+
+
+class Diverging(Part):
+    @hookimpl
+    def local_step(self, loss, params, carry, batch):
+        value, _, carry = loss.value_and_grad(params, carry, batch)
+        return Stepped({n: p / 0 for n, p in params.items()}, carry, {"loss": value})
+
+
+class Raising(Part):
+    @hookimpl
+    def readjust(self, params):
+        raise ValueError("no such thing")
+
+
+class WrongType(Part):
+    @hookimpl
+    def readjust(self, params):
+        return params
+
+
+class Overfull(Part):
+    @hookimpl
+    def contribute(self, params, weight):
+        return {"weight": weight, **{n: weight * p for n, p in params.items()}}
+
+    @hookimpl
+    def aggregate(self, sums, params, mask):
+        return Aggregated(dict(params), {n: torch.ones_like(m) for n, m in mask.items()}, {})
+
+
+class Renaming(Part):
+    @hookimpl
+    def contribute(self, params, weight):
+        return {"weight": weight}
+
+    @hookimpl
+    def aggregate(self, params, mask):
+        return Aggregated({f"{n}.x": p for n, p in params.items()}, mask, {})
+
+
+class Thawing(Part):
+    """Changes frozen weights on the server."""
+
+    site: ClassVar[str] = "server:end"
+
+    @hookimpl
+    def readjust(self, params, mask, memory):
+        return Readjusted({n: p * 1.5 for n, p in params.items()}, mask, memory)
+
+
+@pytest.mark.parametrize(
+    ("part", "error", "texts"),
+    [
+        (Same(), ContractError, ["part Same, slot mask_init", "'fc1.weight' has shape (1, 36)", "(20, 36)"]),
+        (OffBudget(), ContractError, ["'fc2.weight' has 49 active weights", "is 48"]),
+        (Leaky(), ContractError, ["part Leaky", "round 0, client", "are not 0 off the mask"]),
+        (Diverging(), ContractError, ["NaN or infinity"]),
+        (Raising(), PluginError, ["part Raising", "round 0", "ValueError: no such thing", "test_engine.py:"]),
+        (WrongType(), PluginError, ["returned dict; expected Readjusted"]),
+        (Overfull(), ContractError, ["part Overfull", "'fc1.weight' has 720 active weights", "at most"]),
+        (Renaming(), ContractError, ["missing ['fc1.weight'", "unknown ['fc1.weight.x'"]),
+    ],
+)
+def test_a_breach_names_method_part_slot_tensor_and_counts(make_resolved, part, error, texts):
+    engine = with_part(make_resolved, part, sparsity__allocation="uniform")
+    with pytest.raises(error) as caught:
+        play(engine)
+    for text in ["method fedavg", *texts]:
+        assert text in str(caught.value)
+
+
+def test_frozen_values_may_not_move(make_resolved):
+    engine = with_part(make_resolved, Thawing(), "pffdst", federation__rounds=4)
+    with pytest.raises(ContractError, match=r"round 2.*frozen values changed \(allowed: 0\)"):
+        play(engine, 3)
+
+
+def test_contracts_can_be_switched_off(make_resolved):
+    engine = with_part(make_resolved, Leaky(), execution__contracts=False)
+    assert play(engine)[0].metrics["round"] == 0
+
+
+class TwoSlots(Part):
+    @hookimpl
+    def mask_init(self, params):
+        return {}
+
+    @hookimpl
+    def aggregate(self, params):
+        return None
+
+
+class UnknownArgument(Part):
+    @hookimpl
+    def readjust(self, params, gradients):
+        return None
+
+
+class EarlyScore(Part):
+    site: ClassVar[str] = "server:start"
+
+    @hookimpl
+    def readjust(self, params, mask, score, memory):
+        return Readjusted(params, mask, memory)
+
+
+class NoHook(Part):
+    pass
+
+
+def test_parts_that_cannot_work_are_refused_when_composed():
+    with pytest.raises(TypeError, match=r"2 slots \(mask_init, aggregate\)"):
+        TwoSlots.slot()
+    with pytest.raises(TypeError, match="implements no known hook"):
+        NoHook.slot()
+    with pytest.raises(TypeError, match="holds UnknownArgument, which fills readjust"):
+        Method("x", aggregate=UnknownArgument())
+    with pytest.raises(TypeError, match="expected an instance of a Part"):
+        Method("x", aggregate=UnknownArgument)
+    for part, text in ((UnknownArgument(), "gradients"), (EarlyScore(), "at the start of a round")):
+        with pytest.raises(ConfigError, match=text):
+            compose(fedavg.METHOD.with_parts(readjust=part))
+
+
+class Counting(Part):
+    """SGD with a persistent momentum row: every hook around the step."""
+
+    @hookimpl
+    def initial_params(self, params):
+        return {n: 2 * p for n, p in params.items()}
+
+    @hookimpl
+    def effective_params(self, params, mask):
+        return {n: p / 2 for n, p in params.items()}
+
+    @hookimpl
+    def client_init(self, params, memory):
+        return {"momentum": memory.get("momentum") or optim.zeros(params)}
+
+    @hookimpl
+    def local_step(self, loss, params, carry, batch, trainable, lr, momentum, key):
+        value, grads, carry = loss.value_and_grad(params, carry, batch)
+        params, state = optim.sgd(params, grads, carry.state, trainable, lr, momentum)
+        return Stepped(params, Carry(carry.buffers, state), {"loss": value, "key": key % 2})
+
+    @hookimpl
+    def client_final(self, carry, memory):
+        return {"momentum": carry.state["momentum"], "times": memory.get("times", 0) + 1}
+
+
+def test_rows_persist_and_effective_params_hold_in_training_and_evaluation(make_resolved):
+    """Doubled parameters halved before use, with the gradient's factor of a half undone by a rate four
+    times as high, train as plain ones do."""
+    changed = with_part(make_resolved, Counting(), federation__learning_rate=0.2, federation__rounds=1)
+    plain = with_part(make_resolved, None, federation__weight_decay=0.0, federation__rounds=1)
+    a, b = play(changed)[0], play(plain)[0]
+    for name in a.state.params:
+        torch.testing.assert_close(a.state.params[name] / 2, b.state.params[name], atol=1e-6, rtol=1e-5)
+    assert a.metrics["test_accuracy"] == b.metrics["test_accuracy"]
+    longer = with_part(make_resolved, Counting(), federation__rounds=12)
+    reports = play(longer, 12)
+    times = {client: row["times"] for client, row in reports[-1].state.rows.items()}
+    taken = [client for report in reports for client in report.metrics["clients"]]
+    assert times == {client: taken.count(client) for client in set(taken)}
+
+
+class Pull(Part):
+    """FedProx as an extra."""
+
+    @hookimpl
+    def penalty(self, params, anchor):
+        return 500.0 * sum(((p - anchor[n]) ** 2).sum() for n, p in params.items())
+
+
+SEEN = []
+
+
+class Listener(Part):
+    @hookimpl
+    def on_round_end(self, report):
+        SEEN.append(report.metrics["round"])
+
+
+def test_penalties_are_differentiated_and_round_ends_are_told(make_resolved):
+    settings = {"federation__learning_rate": 0.001, "federation__momentum": 0.0}
+    pulled = with_part(make_resolved, None, extras=(Pull(), Listener()), **settings)
+    free = with_part(make_resolved, None, **settings)
+    SEEN.clear()
+    ends = [play(engine, 2)[-1].state.params for engine in (pulled, free)]
+    start = free.start().params
+    moved = [sum(float((end[n] - start[n]).norm()) for n in start) for end in ends]
+    assert moved[0] < 0.7 * moved[1]
+    assert SEEN == [0, 1]
+
+
+class Snip(Part):
+    """|w·∂L/∂w| on the probe."""
+
+    budget_promise: ClassVar[str] = "exact"
+
+    @hookimpl
+    def mask_init(self, params, budget, probe):
+        gradient = probe.gradient(params)
+        return masks.by_budget(
+            {layer.name: (params[layer.name] * gradient[layer.name]).abs() for layer in budget.layers}, budget
+        )
+
+
+class ServerRegrow(Part):
+    """Grows by the clients' mean gradient on the server."""
+
+    site: ClassVar[str] = "server:end"
+    budget_promise: ClassVar[str] = "exact"
+
+    @hookimpl
+    def due(self, clock):
+        return clock.round == 1
+
+    @hookimpl
+    def readjust(self, params, mask, frozen, score, budget, memory):
+        kept = masks.prune_smallest(params, mask, budget.at(0.9), frozen)
+        params = masks.apply(params, kept)
+        return Readjusted(params, masks.grow_largest(kept, score, budget), {"seen": list(score)})
+
+
+def test_probe_and_server_scores(make_resolved):
+    probed = with_part(make_resolved, Snip())
+    assert masks.active(probed.start().mask) == dict(probed.budget(probed.clock(0)).counts)
+    engine = with_part(make_resolved, ServerRegrow())
+    reports = play(engine, 3)
+    assert [bool(report.metrics["mask_changed"]) for report in reports] == [False, True, False]
+    assert reports[1].state.memory["readjust"]["seen"] == list(engine.prunable)
+    flops = [report.metrics["flops_total"] for report in reports]
+    per_sample = flops[0] / reports[0].metrics["samples"]
+    assert flops[1] - flops[0] > per_sample * reports[1].metrics["samples"]  # the dense gradient is charged
+
+
+def test_nobody_pays_for_a_score_that_no_part_takes(make_engine, monkeypatch):
+    from fedsparse.core.loss import ClientLoss
+
+    def refuse(*_):
+        raise AssertionError("a dense gradient was computed")
+
+    monkeypatch.setattr(ClientLoss, "dense_grad", refuse)
+    engine = make_engine("pffdst", federation__rounds=16, method__readjust__period=1)
+    assert len(list(engine.rounds(engine.start()))) == 16
+    with pytest.raises(AssertionError, match="dense gradient"):
+        play(make_engine("feddst", method__readjust__period=1), 2)
+
+
+def test_readjusting_clients_forget_the_momentum_of_moved_weights(make_engine, monkeypatch):
+    engine = make_engine("feddst", method__readjust__ratio=0.3, federation__local_epochs=2)
+    executor, found = engine.executor, []
+    readjust = executor.readjust_client
+
+    def watched(plan, client, clock, batches):
+        before, values = client.mask, client.params
+        readjust(plan, client, clock, batches)
+        if client.mask is not before:
+            moved = {n: (before[n] != m) | (values[n] != client.params[n]) for n, m in client.mask.items()}
+            momentum = client.carry.state["momentum"]
+            found.append(all(not momentum[n][moved[n]].any() for n in moved))
+            found.append(any(momentum[n][~moved[n]].any() for n in moved))
+
+    executor.readjust_client = watched
+    play(engine, 2)
+    assert found == [True] * 6
+
+
+@pytest.mark.parametrize("prunable", [["all"], ["fc1.weight", "fc2*"], "fc1.weight"])
+def test_prunable_sets(make_engine, prunable):
+    engine = make_engine("feddst", sparsity__prunable=prunable, federation__rounds=2)
+    expected = {"all": 6, "fc1.weight": 3 if isinstance(prunable, list) else 1}
+    first = prunable if isinstance(prunable, str) else prunable[0]
+    assert len(engine.prunable) == expected[first]
+    assert len(play(engine, 2)) == 2
+
+
+def test_prunable_patterns_must_match(make_engine):
+    with pytest.raises(ConfigError, match=r"sparsity.prunable: 'conv\*' matches no parameter"):
+        make_engine(sparsity__prunable=["conv*"])
+
+
+def test_rescaled_initialisation_keeps_each_layers_norm(make_engine):
+    engine = make_engine("feddst", sparsity__rescale_init=True, sparsity__target=0.9)
+    state, plain = engine.start(), make_engine("feddst", sparsity__target=0.9).start()
+    for name, mask in state.mask.items():
+        torch.testing.assert_close(state.params[name].norm(), engine.params[name].norm())
+        assert plain.params[name].norm() < 0.95 * state.params[name].norm()
+        assert not state.params[name][~mask].any()
+    assert torch.equal(state.params["fc1.bias"], engine.params["fc1.bias"])
+
+
+def test_learning_rate_schedules():
+    assert learning_rate("constant", 0.1, None, 7, 10) == 0.1
+    assert learning_rate("linear", 0.1, 0.0, 5, 10) == pytest.approx(0.05)
+    assert learning_rate("cosine", 0.1, 0.0, 5, 10) == pytest.approx(0.05)
+    assert learning_rate("exponential", 0.5, 0.01, 10, 10) == pytest.approx(0.01)
+
+
+def lines(folder):
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+@pytest.mark.parametrize("plugin", ["fedavg", "feddst", "pffdst"])
+def test_the_same_seed_twice(make_resolved, tmp_path, plugin):
+    for name in ("a", "b"):
+        run(make_resolved(plugin, federation__rounds=9), tmp_path / name)
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
+    run(make_resolved(plugin, federation__rounds=9, seed=1), tmp_path / "c")
+    assert lines(tmp_path / "a") != lines(tmp_path / "c")
+
+
+@pytest.mark.parametrize("plugin", ["fedavg", "feddst", "pffdst"])
+def test_going_on_from_a_checkpoint_is_bit_identical(make_engine, tmp_path, plugin):
+    changes = {"federation__rounds": 16}
+    engine = make_engine(plugin, **changes)
+    whole = list(engine.rounds(engine.start()))
+    first = make_engine(plugin, **changes)
+    reports = first.rounds(first.start())
+    half = [next(reports) for _ in range(9)][-1].state
+    checkpoint.save(tmp_path / "c", half, first.ledger.state())
+    checkpoint.save(tmp_path / "c", half, first.ledger.state())  # replaces
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    second = make_engine(plugin, **changes)
+    state, ledger = checkpoint.load(tmp_path / "c")
+    second.ledger.load_state(ledger)
+    rest = list(second.rounds(state))
+    for a, b in zip(whole[9:], rest, strict=True):
+        drop = {"seconds"}
+        assert {k: v for k, v in a.metrics.items() if k not in drop} == {
+            k: v for k, v in b.metrics.items() if k not in drop
+        }
+    for name, value in whole[-1].state.params.items():
+        assert torch.equal(value, rest[-1].state.params[name])
+
+
+def test_unreadable_checkpoints_are_refused(tmp_path):
+    from fedsparse import RunError
+
+    with pytest.raises(RunError, match="cannot read the checkpoint"):
+        checkpoint.load(tmp_path / "none")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "state.json").write_text("{}")
+    with pytest.raises(RunError, match="cannot read the checkpoint"):
+        checkpoint.load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("plugin", ["feddst", "pffdst"])
+def test_every_message_of_a_run_encodes_and_decodes(make_engine, plugin):
+    engine = make_engine(plugin, ledger__encode=True, federation__rounds=16, method__readjust__period=3)
+    plain = make_engine(plugin, federation__rounds=16, method__readjust__period=3)
+    assert [r.metrics["upload_bytes"] for r in engine.rounds(engine.start())] == [
+        r.metrics["upload_bytes"] for r in plain.rounds(plain.start())
+    ]
+
+
+def test_a_written_configuration_repeats_the_run(make_resolved, tmp_path):
+    made = make_resolved("pffdst", ["readjust=feddst"], federation__rounds=5, method__readjust__period=3)
+    run(made, tmp_path / "a")
+    again = resolve(configs=[str(tmp_path / "a" / "config.toml")])
+    assert again.config == made.config
+    run(again, tmp_path / "b")
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
