@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..core.engine import Engine, Report
+from ..core.engine import Engine
 from ..core.hookspecs import SLOTS
+from ..core.state import Report
 from ..core.tracking import RunFolder
 
 MEGABYTE = 1e6

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,18 +18,10 @@ from .ledger import Ledger, Traffic, forward_macs, paper_bytes
 from .loss import ModelLoss, Probe
 from .resolve import Resolved
 from .schedule import learning_rate
-from .state import Aggregated, Clock, Frozen, Masks, Readjusted, ServerState
+from .state import Aggregated, Clock, Frozen, Masks, Readjusted, Report, ServerState
 from .task import Task
 
 PROBE_SAMPLES = 256  # behind masks that need gradients at initialisation
-
-
-@dataclass(frozen=True)
-class Report:
-    """One finished round: its line of `metrics.jsonl` and the state after it, to read only."""
-
-    metrics: dict[str, Any]
-    state: ServerState
 
 
 class Engine:

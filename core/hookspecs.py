@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .budget import Budget
-    from .engine import Report
     from .ledger import Traffic
     from .loss import ClientLoss, Probe
     from .state import (
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
         Memory,
         Params,
         Readjusted,
+        Report,
         Scores,
         Stepped,
         Sums,

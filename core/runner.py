@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint, task
-from .engine import Engine, Report
+from .engine import Engine
 from .resolve import Resolved
+from .state import Report
 from .tracking import RunFolder, refuse_taken
 
 Watcher = Callable[[Report], None]

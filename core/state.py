@@ -101,3 +101,10 @@ class ServerState:
     def copy(self) -> ServerState:
         """A state that can move on without changing this one; tensors are shared, they are never written."""
         return replace(self, memory=dict(self.memory), rows=dict(self.rows))
+
+
+class Report(NamedTuple):
+    """One finished round: its line of `metrics.jsonl` and the state after it, to read only."""
+
+    metrics: dict[str, Any]
+    state: ServerState
