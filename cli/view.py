@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..core.engine import Engine
 from ..core.hookspecs import SLOTS
+from ..core.resolve import DEFAULT_PLUGIN
 from ..core.state import Report
 from ..core.tracking import RunFolder
 
@@ -112,10 +113,12 @@ def header(engine: Engine, folder: RunFolder) -> list[str]:
     """What runs, in a few lines."""
     config, task, resolved = engine.config, engine.task, folder.resolved
     sizes, federation = task.partition.train_sizes, config.federation
-    parts = ", ".join(f"{slot}={resolved.uses[f'method.{slot}']}" for slot in SLOTS)
+    uses = {slot: resolved.uses[f"method.{slot}"] for slot in SLOTS}
+    parts = [f"{slot}={use}" for slot, use in uses.items() if not use.startswith(f"{DEFAULT_PLUGIN}:")]
+    rest = f"{DEFAULT_PLUGIN}'s parts" if len(parts) < len(uses) else ""
     weights = sum(layer.weights for layer in task.layers)
     lines = [
-        f"[bold]{resolved.method.name}[/bold]  {parts}",
+        f"[bold]{resolved.method.name:<7}[/bold] {', '.join([*parts, rest]).strip(', ')}",
         f"task    {resolved.uses['task.dataset']}, {task.partition.clients} clients with {sizes.min()} to "
         f"{sizes.max()} samples ({resolved.uses['task.partition']}), {federation.clients_per_round} a round",
         f"model   {resolved.uses['task.model']}, {weights:,} prunable weights, target sparsity "

@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import pluggy
+import torch
+from torch import Tensor, nn
 
 from .contracts import Where
 from .errors import ConfigError, FedsparseError, RunError
 from .hookspecs import PROJECT, SLOTS, Extras, hooks_of
+from .loss import ModelLoss
 from .method import Method
 from .part import Part, is_hook
 from .registry import describe
+from .state import Masks, Params
 
 SITES = ("client", "server:start", "server:end")
 Result = TypeVar("Result")
@@ -98,6 +102,22 @@ class Hooks:
             raise
         except Exception as error:
             raise PluginError(f"method {self.method.name}, hook {name}: raised {describe(error)}") from error
+
+    def loss(self, model: nn.Module) -> ModelLoss:
+        """The training loss of a model through this method's effective parameters and penalties."""
+
+        def weights(params: Params, mask: Masks) -> Params:
+            return self.call("effective_params", dict, params=params, mask=mask)
+
+        def penalty(params: Params, anchor: Params) -> Tensor:
+            terms: list[Tensor] = self.extra("penalty", params=params, anchor=anchor)
+            return torch.stack(terms).sum()
+
+        return ModelLoss(
+            model,
+            weights if self.get("effective_params") else None,
+            penalty if self.has_extra("penalty") else None,
+        )
 
     def has_extra(self, name: str) -> bool:
         """Whether any part implements an extra hook."""

@@ -15,7 +15,7 @@ from .contracts import Contracts
 from .evaluation import evaluate
 from .execution.sequential import Plan, Sequential, Uploads, trainable
 from .ledger import Ledger, Traffic, forward_macs, paper_bytes
-from .loss import ModelLoss, Probe
+from .loss import Probe
 from .resolve import Resolved
 from .schedule import learning_rate
 from .state import Aggregated, Clock, Frozen, Masks, Readjusted, Report, ServerState
@@ -35,13 +35,7 @@ class Engine:
         self.params, self.buffers = task.initial()
         self.prunable = tuple(layer.name for layer in task.layers)
         self.contracts = Contracts(self.params, self.prunable) if self.config.execution.contracts else None
-        effective = self.hooks.get("effective_params")
-        penalty = [lambda params, anchor: sum(self.hooks.extra("penalty", params=params, anchor=anchor))]
-        self.loss = ModelLoss(
-            task.model,
-            (lambda params, mask: effective(dict, None, params=params, mask=mask)) if effective else None,
-            tuple(penalty) if self.hooks.has_extra("penalty") else (),
-        )
+        self.loss = self.hooks.loss(task.model)
         macs = forward_macs(task.model, task.dataset.input_shape, self.prunable)
         self.ledger = Ledger(
             self.params,

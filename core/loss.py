@@ -19,14 +19,14 @@ Penalty = Callable[[Params, Params], Tensor]
 
 @dataclass(frozen=True)
 class ModelLoss:
-    """Cross-entropy of a model in training mode, through `effective_params` and every penalty."""
+    """Cross-entropy of a model in training mode, through `effective_params` and the penalty, if any."""
 
     model: nn.Module
     effective_params: EffectiveParams | None = None
-    penalties: tuple[Penalty, ...] = ()
+    penalty: Penalty | None = None
 
     def plain(self, weights: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Params]:
-        """Mean cross-entropy at effective weights, without penalties, and the buffers after the pass."""
+        """Mean cross-entropy at effective weights, without the penalty, and the buffers after the pass."""
         moved = {name: b.clone() for name, b in buffers.items()}  # layers write running statistics in place
         outputs = functional_call(self.model, {**weights, **moved}, (batch.inputs,))
         return cross_entropy(outputs, batch.targets), moved
@@ -36,8 +36,8 @@ class ModelLoss:
     ) -> tuple[Tensor, Params]:
         """The training loss and the buffers after the pass."""
         value, moved = self.plain(self.weights(params, mask), buffers, batch)
-        for penalty in self.penalties:
-            value = value + penalty(params, anchor)
+        if self.penalty is not None:
+            value = value + self.penalty(params, anchor)
         return value, moved
 
     def weights(self, params: Params, mask: Masks) -> Params:
