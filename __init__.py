@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pydantic import Field
 
     from .core import masks, optim, rng, schedule
-    from .core.budget import Budget
+    from .core.budget import Budget, Layer
     from .core.errors import ConfigError, FedsparseError, RunError
     from .core.hookspecs import hookimpl
     from .core.ledger import Traffic
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
         Memory,
         Params,
         Readjusted,
+        Report,
         Scores,
+        ServerState,
         Stepped,
         Sums,
     )
@@ -41,6 +43,7 @@ _HOMES = {
     "rng": ".core",
     "schedule": ".core",
     "Budget": ".core.budget",
+    "Layer": ".core.budget",
     "ConfigError": ".core.errors",
     "FedsparseError": ".core.errors",
     "RunError": ".core.errors",
@@ -62,7 +65,9 @@ _HOMES = {
             "Memory",
             "Params",
             "Readjusted",
+            "Report",
             "Scores",
+            "ServerState",
             "Stepped",
             "Sums",
         ],
@@ -81,6 +86,7 @@ __all__ = [
     "FedsparseError",
     "Field",
     "Frozen",
+    "Layer",
     "Masks",
     "Memory",
     "Method",
@@ -88,8 +94,10 @@ __all__ = [
     "Part",
     "Probe",
     "Readjusted",
+    "Report",
     "RunError",
     "Scores",
+    "ServerState",
     "Stepped",
     "Sums",
     "Traffic",

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import click
 
 from ..core.errors import ConfigError, FedsparseError
+from ..core.registry import describe
 from .options import CONFIG, PLUGIN, SWAP, Settings, settings
+
+INTERRUPTED = 130  # as shells report a command that Ctrl-C ended
 
 
 class Group(click.Group):
-    """Turns errors made for users into one message and an exit code."""
+    """Turns errors into one message and an exit code; FEDSPARSE_TRACEBACK=1 shows tracebacks instead."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except FedsparseError as error:
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            click.echo("Interrupted before the first round; nothing was recorded.", err=True)
+            ctx.exit(INTERRUPTED)
+        except Exception as error:
+            if os.environ.get("FEDSPARSE_TRACEBACK"):
+                raise
+            if not isinstance(error, FedsparseError):
+                error = FedsparseError(
+                    f"unexpected {describe(error)}; set FEDSPARSE_TRACEBACK=1 to see where"
+                )
             show_error(error)
             ctx.exit(error.exit_code)
 
@@ -71,7 +86,7 @@ def run(chosen: Settings, out: Path | None, quiet: bool) -> None:
         summary = runner.run(resolved, out, view.begin, view.round)
     view.end(summary)
     if summary["interrupted"]:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 @main.group(invoke_without_command=True)
@@ -119,7 +134,9 @@ def config_schema(chosen: Settings) -> None:
 
 @config.command("validate")
 @click.argument("file", type=CONFIG)
-@click.option("--plugin", type=PLUGIN, help="Method to validate it for, if the file names none.")
+@click.option(
+    "--plugin", type=PLUGIN, help="Method to validate it for; default: the one that it names, or fedavg."
+)
 @click.option("--swap", "swaps", multiple=True, type=SWAP, help="SLOT=PLUGIN, as for run.")
 def config_validate(file: str, plugin: str | None, swaps: tuple[str, ...]) -> None:
     """Check a configuration (a TOML file or a preset) and report every problem in it."""

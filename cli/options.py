@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
+from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
 from ..core.registry import Registry
 
@@ -23,9 +24,7 @@ class PluginType(click.ParamType[str]):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        if "/" in incomplete or incomplete.startswith("."):
-            return [CompletionItem(incomplete, type="file")]
-        return _starting(incomplete, Registry().names())
+        return _starting(incomplete, Registry().names()) or [CompletionItem(incomplete, type="file")]
 
 
 class ConfigType(click.ParamType[str]):
@@ -55,6 +54,27 @@ class SwapType(click.ParamType[str]):
         if not equals:
             return _starting(slot, [f"{name}=" for name in SLOTS])
         return _starting(incomplete, [f"{slot}={name}" for name in Registry().names()])
+
+
+class Bash(BashComplete):
+    """Bash splits words at `=`: puts `readjust = fed` together, and answers with what follows the `=`."""
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        args, incomplete = super().get_completion_args()
+        if incomplete == "=" and args:
+            incomplete = f"{args.pop()}="
+        elif len(args) > 1 and args[-1] == "=":
+            args.pop()
+            incomplete = f"{args.pop()}={incomplete}"
+        return args, incomplete
+
+    def format_completion(self, item: CompletionItem) -> str:
+        if "=" in os.environ["COMP_WORDS"].split(" "):
+            item = CompletionItem(item.value.rpartition("=")[2], item.type)
+        return super().format_completion(item)
+
+
+add_completion_class(Bash)
 
 
 def _starting(incomplete: str, names: Any) -> list[CompletionItem]:

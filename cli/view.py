@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live as RichLive
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..core.engine import Engine
 from ..core.hookspecs import SLOTS
@@ -55,7 +58,7 @@ class View:
         table.add_row("nonzero parameters", f"{summary['nonzero']:,} of {summary['parameters']:,}", "")
         table.add_row("wall time", f"{summary['wall_seconds']:.1f} s", "")
         self.console.print(table)
-        self.console.print(f"Results: {self.folder.path}", soft_wrap=True)
+        self.console.print(f"Results: {self.folder.path}", soft_wrap=True, markup=False)
 
 
 class Lines(View):
@@ -72,7 +75,7 @@ class Lines(View):
 
 
 class Live(Lines):
-    """A header, a progress bar over rounds, and the latest figures beside it."""
+    """A header, a progress bar over rounds, and the latest figures below it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,24 +85,25 @@ class Live(Lines):
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[figures]}"),
-            console=self.console,
         )
+        self.live = RichLive(console=self.console, refresh_per_second=8)
 
     def begin(self, engine: Engine, folder: RunFolder) -> None:
         super().begin(engine, folder)
         rounds = engine.config.federation.rounds
-        self.bar = self.progress.add_task(engine.hooks.method.name, total=rounds, figures="")
-        self.progress.start()
+        self.bar = self.progress.add_task(escape(engine.hooks.method.name), total=rounds)
+        self.live.update(self.progress)
+        self.live.start()
 
     def round(self, report: Report) -> None:
         self.seen |= report.metrics
-        self.progress.update(self.bar, advance=1, figures=figures(self.seen))
+        self.progress.update(self.bar, advance=1)
+        self.live.update(Group(self.progress, Text(figures(self.seen))))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        self.live.stop()
 
 
 def choose_view(quiet: bool) -> View:
@@ -118,7 +122,7 @@ def header(engine: Engine, folder: RunFolder) -> list[str]:
     rest = f"{DEFAULT_PLUGIN}'s parts" if len(parts) < len(uses) else ""
     weights = sum(layer.weights for layer in task.layers)
     lines = [
-        f"[bold]{resolved.method.name:<7}[/bold] {', '.join([*parts, rest]).strip(', ')}",
+        f"[bold]{escape(resolved.method.name):<7}[/bold] {escape(', '.join(filter(None, [*parts, rest])))}",
         f"task    {resolved.uses['task.dataset']}, {task.partition.clients} clients with {sizes.min()} to "
         f"{sizes.max()} samples ({resolved.uses['task.partition']}), {federation.clients_per_round} a round",
         f"model   {resolved.uses['task.model']}, {weights:,} prunable weights, target sparsity "
@@ -127,8 +131,14 @@ def header(engine: Engine, folder: RunFolder) -> list[str]:
     ]
     unused = federation.clients - task.partition.clients
     if unused:
-        lines.append(f"note    {unused} clients got no training or no test samples and are left out")
-    return lines + [f"[yellow]note    {line}[/yellow]" for line in resolved.dropped]
+        lines.append(
+            f"note    {unused} of {federation.clients} clients got no training or no test samples: left out"
+        )
+    return [
+        lines[0],
+        *map(escape, lines[1:]),
+        *(f"[yellow]note    {escape(s)}[/yellow]" for s in resolved.dropped),
+    ]
 
 
 def figures(metrics: Mapping[str, Any]) -> str:

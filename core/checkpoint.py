@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import RunError
-from .state import ServerState
+from .state import ServerState, moved_to
 
 FORMAT = 1
 
@@ -60,15 +60,15 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[ServerState,
     source = folder if folder.exists() else old
     try:
         plain = json.loads((source / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(source / "tensors.safetensors", device=str(device))
+        tensors = load_file(source / "tensors.safetensors")
         if plain["format"] != FORMAT:
             raise RunError(f"checkpoint {source} has format {plain['format']}; this version reads {FORMAT}")
         state = _join(plain["state"], tensors)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise RunError(f"cannot read the checkpoint {source}: {error}") from None
     rows = {int(client): row for client, row in state.pop("rows").items()}
-    ledger: dict[str, Any] = state.pop("ledger")
-    return ServerState(round=plain["round"], rows=rows, **state), ledger
+    ledger: dict[str, Any] = state.pop("ledger")  # it and the rows rest on the host
+    return ServerState(round=plain["round"], rows=rows, **moved_to(state, device)), ledger
 
 
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -10,14 +10,20 @@ import pluggy
 import torch
 from torch import Tensor, nn
 
-from .contracts import Where
-from .errors import ConfigError, FedsparseError, RunError
+from .contracts import Where, versions
+from .errors import ConfigError, FedsparseError, RunError, nearest
 from .hookspecs import PROJECT, SLOTS, Extras, hooks_of
 from .loss import ModelLoss
 from .method import Method
-from .part import Part, is_hook
+from .part import KNOWN, PROMISES, Part, is_hook
 from .registry import describe
 from .state import Masks, Params
+
+
+def copied(value: Any) -> Any:
+    """A copy of nested dicts; tensors are shared."""
+    return {key: copied(item) for key, item in value.items()} if type(value) is dict else value
+
 
 SITES = ("client", "server:start", "server:end")
 Result = TypeVar("Result")
@@ -50,7 +56,7 @@ class Hook:
             result = self.function(**{name: offered[name] for name in self.takes})
         except FedsparseError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(f"{place or self.where}: raised {describe(error)}") from error
         if isinstance(result, expected):
             return result
@@ -86,8 +92,15 @@ class Hooks:
         return hook.where._replace(round=self.at[0], client=self.at[1])
 
     def call(self, name: str, expected: type[Result], **offered: Any) -> Result:
-        """Calls an implemented hook."""
-        return self.found[name](expected, self.where(name), **offered)
+        """Calls an implemented hook with copies of the dicts; it may write into no tensor."""
+        where = self.where(name)
+        offered = {key: copied(value) for key, value in offered.items()}
+        given = {key: offered[key] for key in ("params", "mask", "frozen", "anchor") if key in offered}
+        before = versions(*given.values())
+        result = self.found[name](expected, where, **offered)
+        if versions(*given.values()) != before:
+            raise where.breach(f"wrote into a tensor of its arguments ({', '.join(given)}); return new ones")
+        return result
 
     def promise(self, slot: str) -> str:
         """The budget promise of the part in a slot."""
@@ -100,17 +113,29 @@ class Hooks:
             return getattr(self.manager.hook, name)(**offered)
         except FedsparseError:
             raise
-        except Exception as error:
-            raise PluginError(f"method {self.method.name}, hook {name}: raised {describe(error)}") from error
+        except (Exception, SystemExit) as error:
+            raise PluginError(f"{self.where_extra(name)}: raised {describe(error)}") from error
+
+    def where_extra(self, name: str) -> Where:
+        """The place of an extra hook, with the parts that implement it."""
+        impls = getattr(self.manager.hook, name).get_hookimpls()
+        parts = ", ".join(type(impl.plugin).__name__ for impl in impls)
+        return Where(self.method.name, parts, "extras", name, *self.at)
 
     def loss(self, model: nn.Module) -> ModelLoss:
         """The training loss of a model through this method's effective parameters and penalties."""
 
         def weights(params: Params, mask: Masks) -> Params:
-            return self.call("effective_params", dict, params=params, mask=mask)
+            found = self.call("effective_params", dict, params=params, mask=mask)
+            if found.keys() != params.keys():
+                raise self.where("effective_params").breach("left out parameters, or named unknown ones")
+            return found
 
         def penalty(params: Params, anchor: Params) -> Tensor:
-            terms: list[Tensor] = self.extra("penalty", params=params, anchor=anchor)
+            terms = self.extra("penalty", params=params, anchor=anchor)
+            for term in terms:
+                if not isinstance(term, Tensor) or term.dim():
+                    raise self.where_extra("penalty").breach("returned something else than a 0-d tensor")
             return torch.stack(terms).sum()
 
         return ModelLoss(
@@ -134,6 +159,10 @@ def compose(method: Method) -> Hooks:
         manager.add_hookspecs(spec())
     for part in method.parts():
         try:
+            if part.budget_promise not in PROMISES:
+                raise ValueError(
+                    f"budget_promise is {part.budget_promise!r}. {nearest(part.budget_promise, PROMISES)}"
+                )
             # equal parts are equal objects to pluggy: a name keeps them apart
             manager.register(part, name=f"{part.slot()}:{type(part).__name__}")
         except (pluggy.PluginValidationError, ValueError) as error:
@@ -148,10 +177,16 @@ def compose(method: Method) -> Hooks:
         manager.check_pending()
     except pluggy.PluginValidationError as error:
         raise ConfigError(f"method {method.name}: {error}") from None
-    hooks = Hooks(method, manager, found, _site(method), getattr(method.readjust, "score_batches", 1))
+    batches = getattr(method.readjust, "score_batches", 1)
+    if not isinstance(batches, int) or batches < 1:
+        raise ConfigError(f"method {method.name}: score_batches is {batches!r}; expected 1 or more")
+    hooks = Hooks(method, manager, found, _site(method), batches)
     for needed in ("mask_init", "local_step", "contribute", "aggregate"):
         if needed not in found:
-            raise ConfigError(f"method {method.name}: no part implements the hook {needed}")
+            filling = method.part(KNOWN[needed])
+            raise ConfigError(
+                f"method {method.name}, slot {KNOWN[needed]}: {type(filling).__name__} needs {needed}"
+            )
     if hooks.site == "server:start" and hooks.takes("readjust", "score"):
         raise ConfigError(
             f"method {method.name}: readjust at the start of a round asks for `score`, which clients "

@@ -34,6 +34,9 @@ CHOICES: tuple[tuple[str, str], ...] = (
 )
 """Tables that choose a component by `use`."""
 
+TABLES = ("task", "federation", "sparsity", "method", "execution", "ledger", "output")
+"""Sections of a configuration; `seed` alone is a plain value."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -110,7 +113,7 @@ class ExecutionConfig(Section):
     """Where it runs."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    threads: int = Field(1, ge=1, description="CPU threads; more than one rarely pays")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads; more than one rarely pays")
     contracts: bool = Field(True, description="check what hooks return")
 
 
@@ -172,6 +175,12 @@ class Merged:
     values: Tree = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def source(self, path: str) -> str | None:
+        """Where a value, or something inside a table, came from."""
+        inside = (s for p, s in self.sources.items() if p == path or p.startswith(f"{path}."))
+        return next(inside, None)
 
 
 def merge(layers: Iterable[Layer]) -> Merged:
@@ -183,6 +192,10 @@ def merge(layers: Iterable[Layer]) -> Merged:
             if isinstance(table, Mapping) and "use" in table:
                 _drop(merged, path, f"{layer.source} chose {table['use']!r}")
         for leaf, value in _leaves(layer.values):
+            if len(leaf) == 1 and leaf[0] in TABLES:
+                message = f"given {value!r}; expected a table of settings (from {layer.source})"
+                merged.problems += [Problem(leaf[0], message)] if value != {} else []
+                continue
             _set(merged.values, leaf, value)
             merged.sources[".".join(leaf)] = layer.source
     return merged
@@ -230,6 +243,8 @@ def preset_names() -> dict[str, str]:
 
 def load_config(reference: str) -> Layer:
     """The layer of `--config`: a shipped preset's name or the path of a TOML file."""
+    if not reference:
+        raise ConfigError("--config is empty; give a preset's name or a TOML file")
     path = Path(reference)
     if path.suffix == ".toml" or ("/" in reference and path.exists()):
         return read_toml(path, f"config {reference}")
@@ -243,7 +258,7 @@ def load_config(reference: str) -> Layer:
 
 
 def method_preset(name: str) -> Layer | None:
-    """The shipped preset of a method, if there is one."""
+    """The shipped preset of a shipped method, if there is one."""
     shipped = dict(_presets())
     return Layer(f"preset {name}", expand(tomllib.loads(shipped[name]))) if name in shipped else None
 
@@ -261,30 +276,43 @@ def _walk(folder: Any, prefix: str) -> Iterator[tuple[str, str]]:
             yield prefix + entry.name.removesuffix(".toml"), entry.read_text(encoding="utf-8")
 
 
-def to_toml(tree: Mapping[str, Any], comments: Mapping[str, str] | None = None, prefix: str = "") -> str:
+def to_toml(
+    tree: Mapping[str, Any],
+    comments: Mapping[str, str] | None = None,
+    prefix: str = "",
+    table: tuple[str, ...] = (),
+) -> str:
     """TOML text of nested tables; `comments` by dotted path follow their values. None is left out."""
     lines, tables = [], []
     for key, value in tree.items():
         path = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            body = to_toml(value, comments, f"{path}.")
+            body = to_toml(value, comments, f"{path}.", (*table, key))
             has_own = any(not isinstance(v, Mapping) and v is not None for v in value.values())
-            tables.append((f"\n[{path}]\n" if has_own or not value else "") + body)
+            heading = ".".join(map(_toml_key, (*table, key)))
+            tables.append((f"\n[{heading}]\n" if has_own or not value else "") + body)
         elif value is not None:
             note = (comments or {}).get(path)
-            text = f"{key} = {_toml_value(value)}"
+            text = f"{_toml_key(key)} = {toml_value(value)}"
             lines.append(f"{text:<40} # {note}" if note else text)
     return "".join(f"{line}\n" for line in lines) + "".join(tables)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A plain value as TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml_value, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml_key(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
     return json.dumps(str(value), ensure_ascii=False)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
 def _get(tree: Tree, path: tuple[str, ...]) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import masks
 from .budget import Budget
 from .errors import RunError
-from .state import Masks, Params
+from .state import Carry, Masks, Params
 
 
 class ContractError(RunError):
@@ -117,6 +117,54 @@ class Contracts:
                 count.forbid(moved, f"{name!r}: {{count}} frozen values changed (allowed: 0)")
         count.verdict(where)
 
+    def scores(self, where: Where, scores: Any) -> None:
+        """A score for each prunable weight."""
+        _same_names(where, "scores", scores, self.prunable)
+        for name in self.prunable:
+            _same_tensor(where, f"score of {name!r}", scores[name], self.template[name].shape, None)
+
+    def stepped(self, where: Where, carry: Any, metrics: Any, buffers: Params) -> None:
+        """A Carry with the model's buffers, and metrics that are 0-d tensors with "loss" among them."""
+        if not isinstance(carry, Carry) or not isinstance(carry.state, dict):
+            raise where.breach(f"carry is {_kind(carry)}; expected Carry(buffers, state)")
+        _same_names(where, "carry.buffers", carry.buffers, buffers)
+        for name, expected in buffers.items():
+            _same_tensor(where, f"buffer {name!r}", carry.buffers[name], expected.shape, expected.dtype)
+        if not isinstance(metrics, dict) or "loss" not in metrics:
+            raise where.breach('metrics must be a dict that holds "loss"')
+        for name, value in metrics.items():
+            if not isinstance(value, Tensor) or value.dim():
+                raise where.breach(f"metric {name!r} is {_kind(value)}; expected a 0-d tensor")
+
+    def summed(self, where: Where, given: dict[str, Any], sums: Mapping[str, Tensor]) -> None:
+        """Tensors by name, of the names and shapes of the clients before."""
+        if sums:
+            _same_names(where, "sums", given, sums)
+        for name, value in given.items():
+            if not isinstance(value, Tensor):
+                raise where.breach(f"{name!r} is {_kind(value)}; expected a tensor")
+            if sums and value.shape != sums[name].shape:
+                shape = tuple(sums[name].shape)
+                raise where.breach(f"{name!r} has shape {tuple(value.shape)}; clients before gave {shape}")
+
+    def memory(self, where: Where, memory: Any) -> None:
+        """Nested dicts of tensors and plain values, which a checkpoint can hold."""
+        if not isinstance(memory, dict):
+            raise where.breach(f"memory is {_kind(memory)}; expected a dict")
+        for name, value in memory.items():
+            if not isinstance(name, str):
+                raise where.breach(f"memory has the key {name!r}; expected texts")
+            if isinstance(value, dict):
+                self.memory(where, value)
+                continue
+            plain = value if isinstance(value, list) else [value]
+            if isinstance(value, Tensor) or all(isinstance(v, str | int | float | None) for v in plain):
+                continue
+            raise where.breach(
+                f"memory[{name!r}] is {_kind(value)}; expected tensors, numbers, texts, lists of numbers or "
+                "texts, or dicts of these"
+            )
+
     def budget(self, where: Where, mask: Masks, budget: Budget, promise: str) -> None:
         """Active counts "exact"ly the budget's, or "at most"."""
         if promise == "none":
@@ -128,8 +176,19 @@ class Contracts:
             if given[name] > limit or (promise == "exact" and given[name] != limit):
                 raise where.breach(
                     f"{name!r} has {given[name]} active weights; the budget at sparsity "
-                    f"{budget.sparsity:g} is {'' if promise == 'exact' else 'at most '}{limit}"
+                    f"{budget.sparsity:g} is {'' if promise == 'exact' else 'at most '}{limit} "
+                    f"(the part's budget_promise is {promise!r})"
                 )
+
+
+def versions(*groups: Mapping[str, Tensor]) -> list[int]:
+    """Counts of in-place writes of every tensor; they grow when a hook writes where it must not."""
+    return [tensor._version for group in groups for tensor in group.values() if not masks.is_stacked(group)]
+
+
+def _kind(value: Any) -> str:
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    return f"{type(value).__name__}{shape}"
 
 
 def _same_names(where: Where, what: str, given: Any, expected: Any) -> None:
@@ -140,10 +199,11 @@ def _same_names(where: Where, what: str, given: Any, expected: Any) -> None:
         raise where.breach(f"{what}: missing {missing or 'none'}, unknown {unknown or 'none'}")
 
 
-def _same_tensor(where: Where, what: str, given: Any, shape: torch.Size, dtype: torch.dtype) -> None:
+def _same_tensor(where: Where, what: str, given: Any, shape: torch.Size, dtype: torch.dtype | None) -> None:
     if not isinstance(given, Tensor):
         raise where.breach(f"{what} is {type(given).__name__}; expected a tensor")
-    if given.shape != shape or given.dtype != dtype:
+    if given.shape != shape or (dtype and given.dtype != dtype):
         raise where.breach(
-            f"{what} has shape {tuple(given.shape)} and {given.dtype}; expected {tuple(shape)} and {dtype}"
+            f"{what} has shape {tuple(given.shape)} and {given.dtype}; expected {tuple(shape)} and "
+            f"{dtype or 'any number'}"
         )

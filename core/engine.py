@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from . import masks, rng
 from .budget import Budget
 from .compose import compose
 from .contracts import Contracts
+from .errors import RunError
 from .evaluation import evaluate
 from .execution.sequential import Plan, Sequential, Uploads, trainable
 from .ledger import Ledger, Traffic, forward_macs, paper_bytes
@@ -51,12 +53,14 @@ class Engine:
         params = self.params
         if self.hooks.get("initial_params"):
             params = self.hooks.call("initial_params", dict, params=params)
+            if self.contracts:
+                self.contracts.parameters(self.hooks.where("initial_params"), params)
         budget = self.budget(self.clock(0))
         self.task.model.train()
         mask = self.hooks.call(
             "mask_init",
             dict,
-            params=params,
+            params={name: p.clone() for name, p in params.items()},
             budget=budget,
             probe=Probe(self.loss, self.buffers, self.task.sample(PROBE_SAMPLES)),
             key=self.key("mask_init"),
@@ -117,13 +121,17 @@ class Engine:
         if decided is None:
             return
         if not isinstance(decided, Frozen):
-            raise self.hooks.where("freeze").breach(f"returned {decided!r}; expected Frozen or None")
+            raise self.hooks.where("freeze").breach(
+                f"returned {type(decided).__name__}; expected Frozen or None"
+            )
         if self.contracts:
             where = self.hooks.where("freeze")
             self.contracts.mask(where, decided.mask)
             self.contracts.frozen(where, decided.frozen, decided.mask)
             self.contracts.values(where, state.params, decided.mask)
-            self.contracts.budget(where, decided.mask, budget, self.hooks.promise("freeze_policy"))
+            if any(decided.mask[name] is not state.mask[name] for name in state.mask):
+                self.contracts.budget(where, decided.mask, budget, self.hooks.promise("freeze_policy"))
+            self.contracts.memory(where, decided.memory)
         none = {name: torch.zeros_like(m) for name, m in decided.mask.items()}
         state.frozen, state.mask = {**none, **decided.frozen}, decided.mask
         state.memory["freeze_policy"] = decided.memory
@@ -132,7 +140,7 @@ class Engine:
         self, state: ServerState, site: str, budget: Budget, clock: Clock, uploads: Uploads | None = None
     ) -> None:
         """The server's readjustment, if its part works at this site and is due."""
-        if self.hooks.site != site or not self.hooks.get("readjust") or not self.executor.due(clock):
+        if self.hooks.site != site or not self.hooks.get("readjust") or not self.executor.due(clock, budget):
             return
         weight = uploads.samples if uploads else 1
         moved = self.hooks.call(
@@ -198,6 +206,7 @@ class Engine:
             self.contracts.frozen(where, state.frozen, made.mask)
             self.contracts.values(where, made.params, made.mask, state.frozen, state.params)
             self.contracts.budget(where, made.mask, budget, self.hooks.promise(slot))
+            self.contracts.memory(where, made.memory)
         state.params, state.mask, state.memory[slot] = made.params, made.mask, made.memory
 
     def budget(self, clock: Clock) -> Budget:
@@ -220,9 +229,12 @@ class Engine:
         still = sum(masks.active({name: state.frozen[name] for name in names}).values())
         both = sum(masks.active({name: state.mask[name] & before[name] for name in names}).values())
         either = sum(masks.active({name: state.mask[name] | before[name] for name in names}).values())
+        means = {name: float(value) / uploads.steps_weight for name, value in uploads.metrics.items()}
+        if not math.isfinite(means["loss"]):
+            raise RunError(f"round {clock.round}: the loss is {means['loss']}; lower the learning rate")
         line: dict[str, Any] = {
             "round": clock.round,
-            "train_loss": float(uploads.metrics["loss"]) / uploads.steps_weight,
+            **{f"train_{name}": value for name, value in means.items()},
             "sparsity": 1 - active / total,
             "frozen_fraction": still / active if active else 0.0,
             **self.ledger.metrics(),
@@ -238,7 +250,10 @@ class Engine:
 
     def paper_bytes(self, traffic: Traffic) -> float:
         """A client's round by the method's own formula."""
-        return float(self.hooks.extra("paper_bytes", traffic=traffic))
+        count = self.hooks.extra("paper_bytes", traffic=traffic)
+        if not isinstance(count, int | float) or not math.isfinite(count):
+            raise self.hooks.where_extra("paper_bytes").breach(f"returned {count!r}; expected a number")
+        return float(count)
 
     def clock(self, round_: int) -> Clock:
         """Server time."""
@@ -254,4 +269,4 @@ def rescaled(dense: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """The masked tensor with the norm that it had when dense."""
     before: torch.Tensor = torch.linalg.vector_norm(dense)
     after: torch.Tensor = torch.linalg.vector_norm(masked)
-    return masked * (before / after.clamp(min=torch.finfo(masked.dtype).tiny))
+    return masked * torch.where(after > 0, before / after, 0.0)

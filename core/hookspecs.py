@@ -6,9 +6,16 @@ calls them. An implementation takes only the arguments that it wants, by name, a
 hooks are pure. Client hooks see one client, must run under `torch.func.vmap` and so never branch on the
 value of a tensor.
 
-Types are in `core/state.py`. `params` holds every trainable tensor by name; `mask` a bool tensor for each
-*prunable* one; `frozen` the same for weights that no longer change; `key` seeds `core.rng` draws; `memory` is
-the part's own, empty at first; `target` is the user's final sparsity, `budget` this round's active counts.
+Types are in `core/state.py`; all are importable from `fedsparse`. `params` holds every trainable tensor by
+name; `mask` a bool tensor for each *prunable* one, on the same device; `frozen` the same for weights that no
+longer change; `key` seeds `core.rng` draws; `memory` is the part's own, empty at first: nested dicts of
+tensors and plain values. `target` is the user's final sparsity, `budget` this round's: `budget.layers` (name,
+shape), `budget.counts[name]` (None under "global" allocation), `budget.total`, `budget.at(sparsity)`.
+`core/masks.py` has the arithmetic. A part says by `budget_promise` (see `Part`) how far its masks meet the
+budget.
+
+A slot needs `mask_init`, `local_step`, `contribute` and `aggregate` from whatever part fills it; every other
+hook has the default that its docstring names. A part may bring extras besides, which then travel with it.
 """
 
 # mypy: disable-error-code="empty-body"
@@ -145,7 +152,7 @@ class Readjust:
         """Every round, after `base_sparsity`: the sparsity of the round's budget. Default: `base`."""
 
     @hookspec(firstresult=True)
-    def due(self, clock: Clock) -> bool:
+    def due(self, clock: Clock, budget: Budget) -> bool:
         """Whether `readjust` runs: asked every round on a server, and on a client after each local epoch.
 
         `clock.epoch` counts completed local epochs: 0 is before training. Default: a server always, a

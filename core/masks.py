@@ -54,7 +54,10 @@ def prune_smallest(params: Params, mask: Masks, budget: Budget, frozen: Masks | 
         protected = frozen.get(name) if frozen else None
         scores[name] = score if protected is None else score.masked_fill(protected, math.inf)
     kept = by_budget(scores, budget)
-    return {name: kept[name] & active for name, active in mask.items()}
+    kept = {name: kept[name] & active for name, active in mask.items()}
+    if frozen:  # all of them, even if they exceed the budget
+        kept = {name: k | (frozen[name] & mask[name]) if name in frozen else k for name, k in kept.items()}
+    return kept
 
 
 def grow_largest(mask: Masks, score: Scores, budget: Budget) -> Masks:
@@ -81,6 +84,12 @@ def grow_random(mask: Masks, counts: Mapping[str, int], key: Tensor) -> Masks:
         draw = rng.bits(rng.fold(key, name), active.shape).masked_fill(active, -1)
         grown[name] = active | largest(draw, counts[name])
     return grown
+
+
+def fill_random(mask: Masks, budget: Budget, key: Tensor) -> Masks:
+    """The mask filled up to the budget at random; a layer at or above its budget stays as it is."""
+    filled = grow_largest(mask, random_scores(mask, rng.fold(key, "fill")), budget)
+    return {name: active | filled[name] for name, active in mask.items()}
 
 
 def random_scores(mask: Masks, key: Tensor) -> Scores:

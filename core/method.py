@@ -30,10 +30,20 @@ class Method:
     preset: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise TypeError(f"a method's name is a text; given {self.name!r}")
+        if not isinstance(self.preset, Mapping):
+            raise TypeError(f"method {self.name}: preset holds {self.preset!r}; expected nested tables")
+        if not isinstance(self.extras, tuple):
+            raise TypeError(f"method {self.name}: extras holds {self.extras!r}; expected a tuple of parts")
         for slot in SLOTS:
             self._check(slot, getattr(self, slot))
         for part in self.extras:
             self._check("extras", part)
+        if len({type(part) for part in self.extras}) < len(self.extras):
+            raise TypeError(
+                f"method {self.name}: two extras of one class; their settings could not be told apart"
+            )
 
     def _check(self, slot: str, part: Part | None) -> None:
         if part is None:

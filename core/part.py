@@ -2,58 +2,72 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+import inspect
+from typing import Any, ClassVar, Literal, get_args
 
 from .component import Component
+from .errors import nearest
 from .hookspecs import PROJECT, SLOTS, Extras, hooks_of
+
+Promise = Literal["exact", "at most", "none"]
+PROMISES: tuple[str, ...] = get_args(Promise)
+KNOWN: dict[str, str] = {
+    hook: slot for slot, spec in {**SLOTS, "extras": Extras}.items() for hook in hooks_of(spec)
+}
+"""Slot of each hook."""
 
 
 class Part(Component):
     """A frozen pydantic model whose `@hookimpl` methods implement the hooks of one slot.
 
     Fields are the hyper-parameters (description, unit and range belong in each `Field`). The slot follows
-    from the hooks. Parts are final: use another part's functions, do not inherit from it.
+    from the hooks; a part may bring extras (a penalty) besides, which then travel with it in a swap. Parts
+    are final: use another part's functions, do not inherit from it.
 
     Class attributes that the engine reads, where they apply:
     `budget_promise` — active counts after the part's hook are "exact"ly the budget, "at most" it, or "none";
-    `site` (readjust) — "client", "server:start" or "server:end" (may be a field);
-    `score_batches` (readjust) — minibatches behind `score`.
+    `site` (readjust) — "client", "server:start" or "server:end" (the default); may be a field;
+    `score_batches` (readjust) — minibatches behind `score`, 1 or more (the default is 1); may be a field.
     """
 
-    budget_promise: ClassVar[Literal["exact", "at most", "none"]] = "at most"
+    budget_promise: ClassVar[Promise] = "at most"
 
     @classmethod
     def hooks(cls) -> frozenset[str]:
-        """Names of the hooks that this part implements."""
+        """Names of the methods that are marked as hooks."""
         return frozenset(name for name in dir(cls) if is_hook(cls, name))
 
     @classmethod
     def slot(cls) -> str:
         """The slot that the hooks belong to; "extras" for a part that only brings extras.
 
-        Raises TypeError for a part without hooks, or with hooks of two slots.
+        Raises TypeError for a part without hooks or with hooks of two slots, for an unknown hook, and for a
+        method that is named like a hook but not marked.
         """
         hooks = cls.hooks()
-        slots = [slot for slot, spec in SLOTS.items() if hooks & set(hooks_of(spec))]
-        if len(slots) == 1:
-            return slots[0]
-        if slots:
+        for name in sorted(hooks - KNOWN.keys()):
+            raise TypeError(f"part {cls.__name__}: unknown hook {name!r}. {nearest(name, KNOWN)}")
+        for name, attribute in vars(cls).items():
+            if name in KNOWN and name not in hooks and inspect.isroutine(attribute):
+                raise TypeError(
+                    f"part {cls.__name__}: {name} has the name of a hook; write @hookimpl above it"
+                )
+        slots = [slot for slot in SLOTS if any(KNOWN[hook] == slot for hook in hooks)]
+        if len(slots) > 1:
             raise TypeError(
                 f"part {cls.__name__} implements hooks of {len(slots)} slots ({', '.join(slots)}); "
                 "a part fills one slot: split it"
             )
-        if hooks & set(hooks_of(Extras)):
-            return "extras"
-        known = [hook for spec in [*SLOTS.values(), Extras] for hook in hooks_of(spec)]
-        raise TypeError(
-            f"part {cls.__name__} implements no known hook (found: {', '.join(sorted(hooks)) or 'none'}); "
-            f"mark methods with @hookimpl; hooks are {', '.join(known)}"
-        )
+        if not hooks:
+            raise TypeError(
+                f"part {cls.__name__} implements no hook; mark some with @hookimpl: {', '.join(KNOWN)}"
+            )
+        return slots[0] if slots else "extras"
 
 
 def is_hook(cls: type, name: str) -> bool:
     """Whether `@hookimpl` marked the class attribute `name`."""
-    if name.startswith("_") or name.startswith("model_"):
+    if name.startswith(("_", "model_")):
         return False  # pydantic's own names; some warn when touched
     attribute: Any = getattr(cls, name, None)
     return hasattr(attribute, f"{PROJECT}_impl")

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import blake2b
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,7 @@ class Plugin:
 
     name: str
     source: str
+    module: str
     method: Method | None
     parts: dict[str, type[Part]]
 
@@ -39,11 +41,16 @@ class Registry:
     """Plugins of the entry-point group `fedsparse`, and local files by path."""
 
     loaded: dict[str, Plugin] = field(default_factory=dict)
+    clashes: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def entries(self) -> dict[str, EntryPoint]:
         """Entry points by name, restricted by FEDSPARSE_PLUGINS (names separated by commas)."""
-        found = {entry.name: entry for entry in entry_points(group=GROUP)}
+        found: dict[str, EntryPoint] = {}
+        for entry in entry_points(group=GROUP):
+            if entry.name in found and found[entry.name].value != entry.value:
+                self.clashes[entry.name] = f"{_source(found[entry.name])} and {_source(entry)}"
+            found[entry.name] = entry
         wanted = os.environ.get(RESTRICT)
         if wanted is None:
             return found
@@ -56,8 +63,7 @@ class Registry:
 
     def source(self, name: str) -> str:
         """Distribution and version that brings a plugin."""
-        dist = self.entries[name].dist
-        return f"{dist.name} {dist.version}" if dist else self.entries[name].value
+        return self.clashes.get(name) or _source(self.entries[name])
 
     def load(self, reference: str) -> Plugin:
         """The plugin of a name, or of the path of a Python file. Raises ConfigError with what to do."""
@@ -74,9 +80,11 @@ class Registry:
                 f"unknown plugin {name!r}{restricted}. {nearest(name, self.entries)}. "
                 "A file of your own is given by its path, such as ./mine.py"
             )
+        if name in self.clashes:
+            raise ConfigError(f"plugin {name!r} is claimed by {self.clashes[name]}; uninstall one of them")
         try:
             module = self.entries[name].load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ConfigError(
                 f"plugin {name!r} ({self.source(name)}) fails to import: {describe(error)}"
             ) from error
@@ -85,7 +93,8 @@ class Registry:
     def _load_file(self, path: Path) -> Plugin:
         if not path.is_file():
             raise ConfigError(f"plugin {path}: there is no such file")
-        name = f"fedsparse_local_{path.stem}"
+        path = path.resolve()
+        name = f"fedsparse_local_{path.stem}_{blake2b(str(path).encode(), digest_size=4).hexdigest()}"
         spec = importlib.util.spec_from_file_location(name, path)
         if spec is None or spec.loader is None:
             raise ConfigError(f"plugin {path}: not a Python file; its name must end in .py")
@@ -93,7 +102,8 @@ class Registry:
         sys.modules[name] = module  # classes defined in it must be found when pickled
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            del sys.modules[name]
             raise ConfigError(f"plugin {path} fails to import: {describe(error)}") from error
         return _read(str(path), str(path), module)
 
@@ -111,10 +121,21 @@ def is_path(reference: str) -> bool:
     return reference.endswith(".py") or "/" in reference
 
 
+def absolute(reference: str) -> str:
+    """The reference with a path made absolute, so that a written configuration works from anywhere."""
+    return str(Path(reference).resolve()) if is_path(reference) else reference
+
+
+def _source(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+
+
 def describe(error: BaseException) -> str:
     """One line for an exception of foreign code: type, message, and the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     outer = [frame for frame in frames if "importlib" not in frame.filename]
+    # the plugin's own line says more than the line of a library that it called
+    outer = [frame for frame in outer if "site-packages" not in frame.filename] or outer
     place = f" ({Path(outer[-1].filename).name}:{outer[-1].lineno})" if outer else ""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message}{place}" if message else f"{type(error).__name__}{place}"
@@ -129,8 +150,10 @@ def _read(name: str, source: str, module: ModuleType) -> Plugin:
         raise ConfigError(f"plugin {name!r}: METHOD is {method!r}; expected a fedsparse.Method")
     classes = [type(part) for part in method.parts()] if method else []
     classes += [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
-    classes += list(getattr(module, "PARTS", ()))
-    parts = {c.__name__: c for c in classes if issubclass(c, Part)}
+    listed = getattr(module, "PARTS", ())
+    if not isinstance(listed, list | tuple) or not all(isinstance(c, type) for c in listed):
+        raise ConfigError(f"plugin {name!r}: PARTS is {listed!r}; expected a list of Part classes")
+    parts = {c.__name__: c for c in [*classes, *listed] if issubclass(c, Part)}
     if method is None and not parts:
         raise ConfigError(f"plugin {name!r}: the module has neither METHOD nor a Part")
     for part in parts.values():
@@ -138,4 +161,4 @@ def _read(name: str, source: str, module: ModuleType) -> Plugin:
             part.slot()
         except TypeError as error:
             raise ConfigError(f"plugin {name!r}: {error}") from None
-    return Plugin(name, source, method, parts)
+    return Plugin(name, source, module.__name__, method, parts)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from .component import Component
+from .compose import compose
 from .config import (
     CHOICES,
     Layer,
@@ -30,7 +31,7 @@ from .hookspecs import SLOTS
 from .method import Method
 from .models import MODELS, CustomModel
 from .part import Part
-from .registry import Plugin, Registry
+from .registry import Plugin, Registry, absolute
 
 DEFAULT_PLUGIN = "fedavg"
 """Fills the slots that a method leaves out, and runs when no plugin is named."""
@@ -90,26 +91,28 @@ def resolve(
     swapped = _collect(parse_swap, swaps, problems)
     if plugin is not None:
         layers = [*layers, Layer("--plugin", {"method": {"plugin": plugin}})]
-    name = _plugin_name([*files, *changes, *layers])
+    name = _plugin_name([*files, *changes, *layers], problems)
     found = _collect(registry.load, [name, DEFAULT_PLUGIN], problems)
     if len(found) < 2:
         raise ConfigError(problems)  # without its method nothing below can be judged
     method = found[0].method
     if method is None:
         raise ConfigError([*problems, Problem("method.plugin", _no_method(name, found[0], registry))])
-    preset = [Layer(f"preset {name}", expand(dict(method.preset)))] if method.preset else []
-    shipped = method_preset(name)
-    merged = merge([*([shipped] if shipped else preset), *files, *swapped, *changes, *layers])
-    merged.values.setdefault("method", {})
-    if isinstance(merged.values["method"], dict):
-        merged.values["method"].setdefault("plugin", name)
-    return _build(merged, found[0], found[1], registry, problems, _swap_names(swapped))
+    preset = Layer(f"preset {name}", expand(dict(method.preset))) if method.preset else None
+    if found[0].module.startswith(f"{__package__.rpartition('.')[0]}.plugins."):
+        preset = method_preset(name)
+    files, foreign = _for_plugin(files, name)
+    merged = merge([*([preset] if preset else []), *files, *swapped, *changes, *layers])
+    merged.dropped[:0] = foreign
+    problems += merged.problems + _repeated(swapped)
+    merged.values.setdefault("method", {})["plugin"] = absolute(name)
+    return _build(merged, found[0], registry, problems)
 
 
 def parse_swap(text: str) -> Layer:
     """The layer of `--swap slot=plugin` or `slot=plugin:Part`."""
     slot, equals, use = (piece.strip() for piece in text.partition("="))
-    if not equals or not use:
+    if not equals or not use or use.endswith(":"):
         raise ConfigError(f"--swap {text}: expected SLOT=PLUGIN or SLOT=PLUGIN:Part")
     if slot not in SLOTS:
         raise ConfigError(f"--swap {text}: unknown slot {slot!r}. {nearest(slot, SLOTS)}")
@@ -134,10 +137,10 @@ def find_part(use: str, slot: str, registry: Registry) -> tuple[str, Part | type
             default = registry.load(DEFAULT_PLUGIN).method
             part, owner = (default.part(slot) if default else None), DEFAULT_PLUGIN
         assert part is not None  # the default method fills every slot
-        return f"{owner}:{type(part).__name__}", part
+        return f"{absolute(owner)}:{type(part).__name__}", part
     fitting = {name: cls for name, cls in plugin.parts.items() if cls.slot() == slot}
     if part_name in fitting:
-        return use, fitting[part_name]
+        return f"{absolute(name)}:{part_name}", fitting[part_name]
     if part_name in plugin.parts:
         raise ConfigError(
             f"part {use} fills the slot {plugin.parts[part_name].slot()}, not {slot}. "
@@ -148,14 +151,7 @@ def find_part(use: str, slot: str, registry: Registry) -> tuple[str, Part | type
     )
 
 
-def _build(
-    merged: Merged,
-    plugin: Plugin,
-    default: Plugin,
-    registry: Registry,
-    problems: list[Problem],
-    swaps: dict[str, str],
-) -> Resolved:
+def _build(merged: Merged, plugin: Plugin, registry: Registry, problems: list[Problem]) -> Resolved:
     """Validates every table of the merged settings and puts the run together."""
     tree = {key: dict(value) if isinstance(value, dict) else value for key, value in merged.values.items()}
     task, method_table = tree.setdefault("task", {}), tree["method"]
@@ -183,7 +179,10 @@ def _build(
             given = dict(table)
             use = given.pop("use", _TASK_DEFAULTS[name])
             uses[f"task.{name}"] = use
-            if name == "model" and isinstance(use, str) and ":" in use:
+            if not isinstance(use, str):
+                refuse(f"task.{name}.use", f"given {use!r}; expected the name of a {name}")
+                failed.add(f"task.{name}")
+            elif name == "model" and ":" in use:
                 task[name] = validated(f"task.{name}", CustomModel, {"target": use}, given)
             elif use in choices:
                 task[name] = validated(f"task.{name}", choices[use], {}, given)
@@ -199,8 +198,12 @@ def _build(
                 continue
             given = dict(table)
             use = given.pop("use", method_table["plugin"])
+            if not isinstance(use, str):
+                refuse(f"{path}.use", f"given {use!r}; expected PLUGIN or PLUGIN:Part")
+                failed.add(path)
+                continue
             try:
-                uses[path], part = find_part(str(use), slot, registry)
+                uses[path], part = find_part(use, slot, registry)
             except ConfigError as error:
                 refuse(f"{path}.use" if "use" in table else path, str(error))
                 failed.add(path)
@@ -219,7 +222,10 @@ def _build(
         raise ConfigError(problems)
     assert plugin.method is not None
     parts = {slot: getattr(config.method, slot) for slot in SLOTS}
-    method = plugin.method.with_parts(**parts)
+    method = replace(plugin.method.with_parts(**parts), extras=config.method.extras)
+    compose(method)  # what cannot work together is refused now, not in a run
+    own = {slot: find_part(plugin.name, slot, registry)[0] for slot in SLOTS}
+    swaps = {slot: uses[f"method.{slot}"] for slot in SLOTS if uses[f"method.{slot}"] != own[slot]}
     sources = dict(merged.sources)
     for path, use in uses.items():
         sources.setdefault(f"{path}.use", "default" if path.startswith("task.") else f"method {plugin.name}")
@@ -237,6 +243,9 @@ def _extras(table: Any, plugin: Plugin, validated: Any, refuse: Any) -> tuple[Pa
         refuse("method.extras", f"given {table!r}; expected tables by part name")
         return ()
     for name in table:
+        if name in names and not isinstance(table[name], dict):
+            refuse(f"method.extras.{name}", f"given {table[name]!r}; expected a table of its settings")
+            return ()
         if name not in names:
             refuse(f"method.extras.{name}", f"unknown extra. {nearest(name, names)}")
     made = [
@@ -248,13 +257,40 @@ def _extras(table: Any, plugin: Plugin, validated: Any, refuse: Any) -> tuple[Pa
     return tuple(part for part in made if part is not None)
 
 
-def _plugin_name(layers: Iterable[Layer]) -> str:
+def _plugin_name(layers: Iterable[Layer], problems: list[Problem]) -> str:
     name = DEFAULT_PLUGIN
     for layer in layers:
-        table = layer.values.get("method")
-        if isinstance(table, dict) and isinstance(table.get("plugin"), str):
-            name = table["plugin"]
+        given = _named_plugin(layer)
+        if isinstance(given, str):
+            name = given
+        elif given is not None:
+            message = f"given {given!r}; expected a name or a path (from {layer.source})"
+            problems.append(Problem("method.plugin", message))
     return name
+
+
+def _named_plugin(layer: Layer) -> Any:
+    table = layer.values.get("method")
+    return table.get("plugin") if isinstance(table, dict) else None
+
+
+def _for_plugin(files: Sequence[Layer], name: str) -> tuple[list[Layer], list[str]]:
+    """The files without the parts of another method than the one that runs, and what that dropped."""
+    kept, dropped = [], []
+    for layer in files:
+        theirs = _named_plugin(layer)
+        if isinstance(theirs, str) and absolute(theirs) != absolute(name):
+            dropped.append(f"method ({layer.source}) dropped: it is {theirs}'s, and {name} runs")
+            layer = Layer(layer.source, {k: v for k, v in layer.values.items() if k != "method"})
+        kept.append(layer)
+    return kept, dropped
+
+
+def _repeated(swaps: Sequence[Layer]) -> list[Problem]:
+    """A slot that is swapped twice."""
+    slots = [slot for layer in swaps for slot in layer.values["method"]]
+    twice = sorted({slot for slot in slots if slots.count(slot) > 1})
+    return [Problem(f"method.{slot}", "--swap is given twice for this slot; give it once") for slot in twice]
 
 
 def _collect(function: Any, arguments: Iterable[str], problems: list[Problem]) -> list[Any]:
@@ -270,13 +306,9 @@ def _collect(function: Any, arguments: Iterable[str], problems: list[Problem]) -
 def _sourced(problems: Iterable[Problem], merged: Merged) -> list[Problem]:
     """The problems, each saying which layer gave the value."""
     return [
-        Problem(p.path, f"{p.message} (from {source})") if (source := merged.sources.get(p.path)) else p
+        Problem(p.path, f"{p.message} (from {source})") if (source := merged.source(p.path)) else p
         for p in problems
     ]
-
-
-def _swap_names(layers: Iterable[Layer]) -> dict[str, str]:
-    return {slot: table["use"] for layer in layers for slot, table in layer.values["method"].items()}
 
 
 def _no_method(name: str, plugin: Plugin, registry: Registry) -> str:
@@ -296,23 +328,35 @@ def schema(resolved: Resolved) -> Tree:
     tree = RunConfig.model_json_schema()
     definitions: Tree = tree.setdefault("$defs", {})
 
-    def choice(cls: type[BaseModel], use: Tree) -> Tree:
-        component = cls.model_json_schema()
+    def table(cls: type[BaseModel], use: Tree, **more: Any) -> Tree:
+        component = cls.model_json_schema() | more
         definitions.update(component.pop("$defs", {}))
         component["properties"] = {"use": use, **component.get("properties", {})}
         return component
 
     task = definitions["TaskConfig"]
     for name, choices in _TASK_CHOICES.items():
-        tables = [choice(cls, {"const": key}) for key, cls in choices.items()]
-        task["properties"][name] = {"anyOf": [{"enum": list(choices)}, *tables]}
+        tables = [table(cls, {"const": key}, required=["use"]) for key, cls in choices.items()]
+        names: Tree = {"enum": list(choices)}
+        if name == "model":
+            custom = {"type": "string", "pattern": ":"}
+            tables.append({"type": "object", "properties": {"use": custom}, "required": ["use"]})
+            names = {"anyOf": [names, custom]}
+        default = _TASK_CHOICES[name][_TASK_DEFAULTS[name]]
+        task["properties"][name] = {
+            "anyOf": [names, *tables, table(default, {"const": _TASK_DEFAULTS[name]})]
+        }
     task["required"] = []
+    patterns = definitions["SparsityConfig"]["properties"]
+    patterns["prunable"] = {"anyOf": [{"type": "string"}, patterns["prunable"]]}
     method = definitions[MethodConfig.__name__]
     for slot in SLOTS:
+        use = resolved.uses[f"method.{slot}"]
+        names = {"enum": [use, use.rpartition(":")[0]]}
         part = getattr(resolved.config.method, slot)
-        method["properties"][slot] = choice(type(part), {"default": resolved.uses[f"method.{slot}"]})
+        method["properties"][slot] = {"anyOf": [names, table(type(part), names)]}
     extras = {type(p).__name__: type(p).model_json_schema() for p in resolved.config.method.extras}
-    method["properties"]["extras"] = {"type": "object", "properties": extras}
+    method["properties"]["extras"] = {"type": "object", "properties": extras, "additionalProperties": False}
     method["required"] = []
     tree["required"] = []
     return tree

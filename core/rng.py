@@ -38,7 +38,7 @@ def bits(stream: Tensor, shape: Sequence[int]) -> Tensor:
     """Independent uniform integers in [0, 2^63), int64 of the given shape."""
     count = int(np.prod(shape, dtype=np.int64))
     position = torch.arange(1, count + 1, device=stream.device)
-    return _shift(_mix(stream + position * GOLDEN), 1).view(*shape)
+    return _shift(_mix(stream + position * GOLDEN), 1).view(tuple(shape))
 
 
 def uniform(stream: Tensor, shape: Sequence[int]) -> Tensor:

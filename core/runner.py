@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint, task
+from .compose import PluginError
 from .engine import Engine
 from .resolve import Resolved
 from .state import Report
@@ -26,9 +30,10 @@ def run(
 ) -> dict[str, Any]:
     """Runs to the end and returns the summary, also written to `summary.json`.
 
-    `begun` is called once, before the first round, `watch` after each. Ctrl-C ends the run with what was
-    recorded and "interrupted" in the summary. Raises FedsparseError for what the user can mend; a traceback
-    of a plugin's error is kept in `error.log`.
+    `begun` is called once, before the first round, `watch` after each. Ctrl-C ends the run after the round
+    that is being played, a second one at once; either way what was recorded stays, and the summary says
+    "interrupted". Raises FedsparseError for what the user can mend; the traceback of a run that failed is
+    kept in `error.log`.
     """
     started = time.perf_counter()
     if out is not None:
@@ -37,23 +42,49 @@ def run(
     state = engine.start()
     folder = RunFolder(resolved, out)
     begun(engine, folder)
-    interrupted = False
-    every = resolved.config.output.checkpoint_every
+    every, rounds = resolved.config.output.checkpoint_every, resolved.config.federation.rounds
+    stop = threading.Event()
     try:
-        for report in engine.rounds(state):
-            state = report.state
-            folder.record(report.metrics)
-            if state.round % every == 0 or state.round == resolved.config.federation.rounds:
-                checkpoint.save(folder.path / "checkpoint", state, engine.ledger.state())
-            watch(report)
+        with first_ctrl_c_sets(stop):
+            for report in engine.rounds(state):
+                state = report.state
+                folder.record(report.metrics)
+                if state.round % every == 0 or state.round == rounds or stop.is_set():
+                    checkpoint.save(folder.path / "checkpoint", state, engine.ledger.state())
+                watch(report)
+                if stop.is_set():
+                    break
     except KeyboardInterrupt:
-        interrupted = True
+        stop.set()
+    except PluginError as error:
+        folder.fail(traceback.format_exc())
+        raise PluginError(f"{error}; traceback in {folder.path / 'error.log'}") from error
     except Exception:
         folder.fail(traceback.format_exc())
         raise
     return folder.finish(
         state,
+        engine.loss.weights(state.params, state.mask),
         device=engine.task.device,
         wall_seconds=time.perf_counter() - started,
-        interrupted=interrupted,
+        interrupted=stop.is_set() and state.round < rounds,
     )
+
+
+@contextmanager
+def first_ctrl_c_sets(stop: threading.Event) -> Iterator[None]:
+    """The first Ctrl-C sets the event; the second raises KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def first(*_: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Params = dict[str, Tensor]
@@ -108,3 +109,12 @@ class Report(NamedTuple):
 
     metrics: dict[str, Any]
     state: ServerState
+
+
+def moved_to(memory: Any, device: torch.device | str) -> Any:
+    """The same nested dict with its tensors on a device; rows rest on the host."""
+    if isinstance(memory, Tensor):
+        return memory.detach().to(device)
+    if isinstance(memory, dict):
+        return {name: moved_to(value, device) for name, value in memory.items()}
+    return memory

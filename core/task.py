@@ -17,7 +17,7 @@ from .config import FederationConfig, RunConfig, SparsityConfig
 from .data import Dataset, Partition
 from .data.partition import PartitionRule
 from .data.sources import Source
-from .errors import ConfigError, Problem, RunError, nearest
+from .errors import ConfigError, Problem, nearest
 from .models.architecture import Architecture
 from .state import Batch, Params
 
@@ -119,12 +119,13 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{device.type} is not supported")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise RunError(
-            f"execution.device = {name!r} cannot be used here: {reason}. Allowed: auto, cpu, cuda or cuda:N"
-        ) from None
+        reason = str(error).partition("\n")[0].rstrip(".")
+        message = f"{name!r} cannot be used here: {reason}. Allowed: auto, cpu, cuda or cuda:N"
+        raise ConfigError([Problem("execution.device", message)]) from None
     return device
 
 

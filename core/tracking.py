@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import platform
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +17,7 @@ from safetensors.torch import save_file
 
 from .errors import RunError
 from .resolve import Resolved
-from .state import ServerState
+from .state import Params, ServerState
 
 SHOWN = (
     "round",
@@ -39,20 +42,26 @@ class RunFolder:
         Raises RunError if `path` exists and is not an empty folder, or cannot be made.
         """
         self.resolved = resolved
-        self.path = path or _free(resolved)
-        refuse_taken(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.toml").write_text(resolved.toml(), encoding="utf-8")
-            self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"cannot write to {self.path}: {error.strerror}") from None
+            if path is None:
+                path = _make_free(resolved)
+            else:
+                refuse_taken(path)
+                path.mkdir(parents=True, exist_ok=True)
+            self.path = path
+            # "x": two runs that start together cannot share a folder
+            with (path / "config.toml").open("x", encoding="utf-8") as file:
+                file.write(resolved.toml())
+            self._metrics = (path / "metrics.jsonl").open("x", encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise RunError(f"cannot write to {path or resolved.config.output.root}: {error}") from None
         self.last: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Appends a line to `metrics.jsonl`."""
-        self._metrics.write(json.dumps(metrics) + "\n")
+        plain = {name: _plain(value) for name, value in metrics.items()}
+        self._metrics.write(json.dumps(plain) + "\n")
         self._metrics.flush()
         self.last = {**self.last, **metrics}
         accuracy = metrics.get("test_accuracy")
@@ -60,11 +69,17 @@ class RunFolder:
             self.best = dict(metrics)
 
     def finish(
-        self, state: ServerState, *, device: torch.device, wall_seconds: float, interrupted: bool = False
+        self,
+        state: ServerState,
+        weights: Params,
+        *,
+        device: torch.device,
+        wall_seconds: float,
+        interrupted: bool = False,
     ) -> dict[str, Any]:
-        """Writes model, mask and `summary.json`; returns the summary."""
+        """Writes model, mask and `summary.json`; returns the summary. `weights` are what the layers use."""
         self._metrics.close()
-        tensors = {**state.params, **state.buffers}
+        tensors = {**weights, **state.buffers}
         save_file(
             {name: t.contiguous().cpu() for name, t in tensors.items()}, self.path / "model.safetensors"
         )
@@ -84,7 +99,7 @@ class RunFolder:
             "workers": 1,
             "wall_seconds": round(wall_seconds, 2),
             "parameters": sum(p.numel() for p in state.params.values()),
-            "nonzero": sum(int(p.count_nonzero()) for p in state.params.values()),
+            "nonzero": sum(int(w.count_nonzero()) for w in weights.values()),
         }
         (self.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         return summary
@@ -97,7 +112,11 @@ class RunFolder:
 
 def refuse_taken(path: Path) -> None:
     """Raises RunError if `path` exists and is not an empty folder."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot write to {path}: {error}") from None
+    if taken:
         raise RunError(f"{path} exists and is not an empty folder; name another with --out")
 
 
@@ -112,13 +131,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _free(resolved: Resolved) -> Path:
-    """`runs/pffdst-digits-seed0`, with the first number at its end that is not taken."""
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _make_free(resolved: Resolved) -> Path:
+    """Makes `runs/pffdst-digits-seed0`, with the first number at its end that is not taken."""
     config = resolved.config
-    dataset = resolved.uses["task.dataset"]
-    swaps = "".join(f"+{slot}={use}" for slot, use in resolved.swaps.items())
-    name = f"{resolved.method.name}{swaps}-{dataset}-seed{config.seed}".replace("/", "_").replace(":", ".")
-    path, number = config.output.root / name, 2
-    while path.exists():
-        path, number = config.output.root / f"{name}-{number}", number + 1
+    swaps = "".join(f"+{slot}={Path(use).name}" for slot, use in resolved.swaps.items())
+    name = f"{resolved.method.name}{swaps}-{resolved.uses['task.dataset']}-seed{config.seed}"
+    name = re.sub(r"[^\w+=.-]", ".", name)
+    for number in itertools.count(1):
+        path = config.output.root / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        break
     return path

@@ -61,7 +61,9 @@ class Regrow(Part):
         return base + (self.final_sparsity - base) * min(clock.round / end, 1)
 
     @hookimpl
-    def due(self, clock: Clock) -> bool:
+    def due(self, clock: Clock, budget: Budget) -> bool:
+        if budget.sparsity == 0:
+            return False  # a dense network has nowhere to grow
         in_round = (clock.round - 1) % self.period == 0 and clock.round > 0 and self.fraction(clock) > 0
         return in_round and clock.epoch == clock.epochs - 1
 
@@ -73,10 +75,9 @@ class Regrow(Part):
     def readjust(
         self, params: Params, mask: Masks, frozen: Masks, score: Scores, budget: Budget, clock: Clock
     ) -> Readjusted:
-        if budget.sparsity == 0:
-            return Readjusted(params, mask, {})  # a dense network has nowhere to grow
         sparser = budget.at(budget.sparsity + (1 - budget.sparsity) * self.fraction(clock))
         kept = masks.prune_smallest(params, mask, sparser, frozen)
+        kept = masks.prune_smallest(params, kept, budget, frozen)  # rounding can favour a layer at `sparser`
         params = masks.apply(params, kept)
         return Readjusted(params, masks.grow_largest(kept, score, budget), {})
 
@@ -116,7 +117,7 @@ class CodeCost(Part):
     def paper_bytes(self, traffic: Traffic) -> float:
         dense = 32 * traffic.unmasked
         download = traffic.mask_changed * traffic.weights
-        if not traffic.first_contact:
+        if traffic.round > 0:  # everybody can draw the first weights from the seed
             download += 32 * traffic.active + dense
         upload = traffic.client_readjusted * traffic.active_upload + 32 * traffic.active_upload + dense
         return (download + upload) / 8

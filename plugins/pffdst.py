@@ -13,7 +13,7 @@ the best test accuracy. Clients are weighted by samples and sampled without repl
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -35,14 +35,24 @@ class FreezeHalf(Part):
 
     budget_promise: ClassVar[Literal["none"]] = "none"  # growth is uniform; the round's pruning reconciles
 
-    at: float = Field(0.5, gt=0, lt=1, description="T_F: freezes after this fraction of the rounds")
+    at: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="T_F: freezes after this fraction of the rounds; keep it behind readjust's first window "
+        "and at the start of its second",
+    )
     freeze_scales: bool = Field(
         True, description="also freeze the scales of normalisation layers, as the released code does"
     )
 
     @hookimpl
     def base_sparsity(self, target: float, clock: Clock) -> float:
-        return (1 + target) / 2 if clock.round < share(clock.rounds, self.at) else target
+        return (1 + target) / 2 if clock.round < self.freeze_round(clock) else target
+
+    def freeze_round(self, clock: Clock) -> int:
+        """T_F, in 1..R."""
+        return max(1, share(clock.rounds, self.at))
 
     @hookimpl
     def freeze(
@@ -55,19 +65,19 @@ class FreezeHalf(Part):
         key: Tensor,
         memory: Memory,
     ) -> Frozen | None:
-        if clock.round != share(clock.rounds, self.at):
+        if clock.round != self.freeze_round(clock):
             return None
         frozen = dict(mask)
         if self.freeze_scales:
-            scales = (name for name in params if name.endswith(".weight") and name not in mask)
-            frozen |= {name: torch.ones_like(params[name], dtype=torch.bool) for name in scales}
+            scales = {
+                n: p for n, p in params.items() if n.endswith("weight") and n not in mask and p.dim() == 1
+            }
+            frozen |= {name: torch.ones_like(scale, dtype=torch.bool) for name, scale in scales.items()}
         half_a = (1 - target) / 2
         grown = {layer.name: share(layer.weights, 1 - budget.sparsity - half_a) for layer in budget.layers}
+        moved = masks.grow_random(mask, grown, key)
         # under other allocations than "scaled" a uniform growth can miss a layer's final budget
-        final, now = budget.at(target).counts, masks.active(mask)
-        if final is not None:
-            grown = {name: max(count, final[name] - now[name]) for name, count in grown.items()}
-        return Frozen(frozen, masks.grow_random(mask, grown, key), memory)
+        return Frozen(frozen, masks.fill_random(moved, budget.at(target), key), memory)
 
 
 class ServerReadjust(Part):
@@ -83,10 +93,10 @@ class ServerReadjust(Part):
         description="f/(1-s1): differential sparsity over half A's density; the denser part of a window",
     )
     period: int = Field(10, ge=1, description="ΔR: rounds between readjustments")
-    starts: tuple[float, ...] = Field(
+    starts: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
         (0.0, 0.5), description="where windows open, as fractions of the rounds in [0, 1)"
     )
-    window: float = Field(0.125, ge=0, le=0.5, description="length of a window, as a fraction of the rounds")
+    window: float = Field(0.125, ge=0, lt=0.5, description="length of a window, as a fraction of the rounds")
 
     def differential(self, target: float) -> float:
         """f = ratio·(1-s1) = ratio·(1-s)/2."""
@@ -141,7 +151,7 @@ class CodeCost(Part):
     def paper_bytes(self, traffic: Traffic) -> float:
         values = 32 * (traffic.active - traffic.frozen + traffic.biases)
         download = traffic.mask_changed * (traffic.active - traffic.frozen)
-        return (download + (0 if traffic.first_contact else values) + values) / 8
+        return (download + (values if traffic.round > 0 else 0) + values) / 8
 
 
 METHOD = Method(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import rng
 from ..budget import Budget
 from ..compose import Hooks
-from ..contracts import Contracts
+from ..contracts import Contracts, versions
 from ..ledger import Ledger
 from ..loss import ClientLoss, ModelLoss
 from ..state import (
@@ -27,6 +28,7 @@ from ..state import (
     ServerState,
     Stepped,
     Sums,
+    moved_to,
 )
 from ..task import Task
 
@@ -74,6 +76,7 @@ class Client:
     loss: ClientLoss
     trainable: Masks
     score_samples: int = 0
+    score_bytes: int = 0
 
 
 class Sequential:
@@ -94,11 +97,26 @@ class Sequential:
         self.task.model.train()
         for number in clients:
             self.hooks.at = (plan.clock.round, number)
-            client = self.download(plan, number)
-            self.train_client(plan, client, uploads)
-            self.upload(plan, client, uploads)
+            server = (plan.state.params, plan.state.mask, plan.state.frozen, plan.state.buffers)
+            before = versions(*server)
+            with self.model_randomness(plan, number):
+                client = self.download(plan, number)
+                self.train_client(plan, client, uploads)
+                self.upload(plan, client, uploads)
+            if versions(*server) != before:
+                raise self.hooks.where("local_step").breach(
+                    "wrote into a tensor it was given; return new ones"
+                )
         self.hooks.at = (plan.clock.round, None)
         return uploads
+
+    @contextmanager
+    def model_randomness(self, plan: Plan, number: int) -> Iterator[None]:
+        """Seeds what layers draw themselves (dropout) from this client's stream, and leaves no trace."""
+        device = self.task.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(rng.key(self.task.seed, "model", plan.clock.round, number)))
+            yield
 
     def download(self, plan: Plan, number: int) -> Client:
         """The client's state is the server's; its optimiser starts fresh."""
@@ -112,10 +130,11 @@ class Sequential:
                 params=state.params,
                 mask=state.mask,
                 momentum=self.task.federation.momentum,
-                memory=state.rows.get(number, {}),
+                memory=moved_to(state.rows.get(number, {}), self.task.device),
             )
         loss = ClientLoss(self.loss, state.mask, state.params)
-        return Client(number, state.params, state.mask, Carry(state.buffers, fresh), loss, plan.trainable)
+        params, mask = dict(state.params), dict(state.mask)
+        return Client(number, params, mask, Carry(dict(state.buffers), fresh), loss, plan.trainable)
 
     def train_client(self, plan: Plan, client: Client, uploads: Uploads) -> None:
         """All local epochs, with the client's readjustment where it is due."""
@@ -126,6 +145,7 @@ class Sequential:
             "momentum": federation.momentum,
             "weight_decay": federation.weight_decay,
         }
+        place = self.hooks.where("local_step")
         number_of_step, batches = 0, list[Batch]()
         for epoch in range(federation.local_epochs):
             clock = clock._replace(epoch=epoch, epochs=federation.local_epochs)
@@ -145,25 +165,25 @@ class Sequential:
                 if self.needs_key:
                     path = (self.task.seed, "step", clock.round, client.number, number_of_step)
                     offered["key"] = rng.key(*path, device=self.task.device)
-                stepped = self.step(Stepped, None, **offered)
+                stepped = self.step(Stepped, place, **offered)
+                if not number_of_step and self.contracts:
+                    self.contracts.parameters(place, stepped.params)
+                    self.contracts.stepped(place, stepped.carry, stepped.metrics, plan.state.buffers)
                 client.params, client.carry = stepped.params, stepped.carry
                 size = len(batch.targets)
                 uploads.add(uploads.metrics, {name: m * size for name, m in stepped.metrics.items()})
                 uploads.steps_weight += size
                 number_of_step += 1
-                if number_of_step == 1 and self.contracts:
-                    self.contracts.parameters(self.hooks.where("local_step"), client.params)
         clock = clock._replace(epoch=federation.local_epochs)
         if self.contracts:
-            where = self.hooks.where("local_step")
-            self.contracts.parameters(where, client.params)
-            self.contracts.values(where, client.params, client.mask, plan.state.frozen, plan.state.params)
+            self.contracts.parameters(place, client.params)
+            self.contracts.values(place, client.params, client.mask, plan.state.frozen, plan.state.params)
         self.readjust_client(plan, client, clock, batches)
         self.collect_score(plan, client, batches, uploads)
 
     def readjust_client(self, plan: Plan, client: Client, clock: Clock, batches: Sequence[Batch]) -> None:
         """Moves the client's mask, if its part works on clients and is due now."""
-        if self.hooks.site != "client" or not self.hooks.get("readjust") or not self.due(clock):
+        if self.hooks.site != "client" or not self.hooks.get("readjust") or not self.due(clock, plan.budget):
             return
         state = plan.state
         score = self.score(client, batches) if self.needs_score else {}
@@ -194,11 +214,11 @@ class Sequential:
         client.loss = ClientLoss(self.loss, client.mask, state.params)
         client.trainable = trainable(client.mask, state.frozen)
 
-    def due(self, clock: Clock) -> bool:
+    def due(self, clock: Clock, budget: Budget) -> bool:
         """Whether the readjustment runs now."""
         if not self.hooks.get("due"):
             return self.hooks.site != "client" or clock.epoch == clock.epochs
-        return bool(self.hooks.call("due", object, clock=clock))
+        return self.hooks.call("due", bool, clock=clock, budget=budget)
 
     def score(self, client: Client, batches: Sequence[Batch]) -> Scores:
         """The growth score of this client's dense gradient on its last minibatches."""
@@ -208,20 +228,26 @@ class Sequential:
         gradient = {name: gradient[name] for name in client.mask}
         if not self.hooks.get("grow_score"):
             return {name: g.abs() for name, g in gradient.items()}
-        return self.hooks.call("grow_score", dict, params=client.params, dense_grad=gradient)
+        score = self.hooks.call("grow_score", dict, params=client.params, dense_grad=gradient)
+        if self.contracts:
+            self.contracts.scores(self.hooks.where("grow_score"), score)
+        return score
 
     def collect_score(self, plan: Plan, client: Client, batches: Sequence[Batch], uploads: Uploads) -> None:
         """Adds this client's score to the server's, in rounds in which the server will readjust by it."""
-        if self.hooks.site == "server:end" and self.needs_score and self.due(plan.clock):
+        if self.hooks.site == "server:end" and self.needs_score and self.due(plan.clock, plan.budget):
             weight = len(self.task.partition.train_of(client.number))
             score = self.score(client, batches)
+            client.score_bytes += sum(s.numel() * s.element_size() for s in score.values())
             uploads.add(uploads.score, {name: weight * value for name, value in score.items()})
 
     def upload(self, plan: Plan, client: Client, uploads: Uploads) -> None:
         """Adds the client's contribution and keeps its row."""
         state, samples = plan.state, len(self.task.partition.train_of(client.number))
         self.ledger.train(samples * self.task.federation.local_epochs, client.score_samples)
-        self.ledger.upload(client.number, client.mask, client.params, client.carry.buffers)
+        self.ledger.upload(
+            client.number, client.mask, client.params, client.carry.buffers, extra=client.score_bytes
+        )
         weight = torch.tensor(float(samples), device=self.task.device)
         contribution = self.hooks.call(
             "contribute",
@@ -232,6 +258,8 @@ class Sequential:
             weight=weight,
             carry=client.carry,
         )
+        if self.contracts:
+            self.contracts.summed(self.hooks.where("contribute"), contribution, uploads.sums)
         uploads.add(uploads.sums, contribution)
         buffers = {name: samples * b.to(torch.float64) for name, b in client.carry.buffers.items()}
         uploads.add(uploads.buffers, buffers)
@@ -243,22 +271,17 @@ class Sequential:
                 params=client.params,
                 anchor=state.params,
                 carry=client.carry,
-                memory=state.rows.get(client.number, {}),
+                memory=moved_to(state.rows.get(client.number, {}), self.task.device),
             )
-            state.rows[client.number] = on_host(row)
+            if self.contracts:
+                self.contracts.memory(self.hooks.where("client_final"), row)
+            state.rows[client.number] = moved_to(row, "cpu")
 
 
 def trainable(mask: Masks, frozen: Masks) -> Masks:
     """mask & ~frozen, for every parameter that either names."""
     free = {name: m & ~frozen[name] if name in frozen else m for name, m in mask.items()}
     return free | {name: ~f for name, f in frozen.items() if name not in mask}
-
-
-def on_host(memory: Any) -> Any:
-    """The same nested dict with its tensors on the host."""
-    if isinstance(memory, Tensor):
-        return memory.detach().cpu()
-    return {name: on_host(value) for name, value in memory.items()} if isinstance(memory, dict) else memory
 
 
 def _cleared(client: Client, moved: Readjusted) -> Carry:

@@ -170,12 +170,18 @@ class Ledger:
         return size
 
     def upload(
-        self, client: int, mask: Masks, params: Params | None = None, buffers: Params | None = None
+        self,
+        client: int,
+        mask: Masks,
+        params: Params | None = None,
+        buffers: Params | None = None,
+        extra: int = 0,
     ) -> int:
         """Bytes that `client` sends back, after its `download` in this round (RunError otherwise).
 
         `mask` holds the very tensors of the server's mask if the client left it alone; otherwise it is sent,
         and says which values are. `params` and `buffers`, the client's own, are needed for `encode` only.
+        `extra` bytes go with the upload as they are: growth scores, raw.
         """
         prices = self._open()
         if client not in self._downloaded:
@@ -198,6 +204,7 @@ class Ledger:
             client_readjusted=own,
             first_contact=first,
         )
+        size += extra
         self.round = self.round.plus(upload_bytes=size, paper_bytes=self._paper(traffic))
         return size
 

@@ -46,10 +46,11 @@ def forward_macs(model: nn.Module, input_shape: Iterable[int], prunable: Iterabl
     def total(path: str) -> int:
         return flops.get(f"{root}.{path}" if path else root, 0)
 
-    names = {id(param): name for name, param in twin.named_parameters()}
+    # names and ties are the original's: moving to the meta device unties tied weights
+    names = {id(param): name for name, param in model.named_parameters()}
     macs = dict.fromkeys(prunable, 0.0)
     # a module that is reached by two paths is counted under one of them: add up both
-    for path, module in twin.named_modules(remove_duplicate=False):
+    for path, module in model.named_modules(remove_duplicate=False):
         children = (f"{path}.{child}" if path else child for child, _ in module.named_children())
         own = total(path) - sum(map(total, children))
         weights = [p for p in module.parameters(recurse=False) if p.dim() >= 2]

@@ -103,10 +103,18 @@ def test_swaps_are_recorded_and_dropped_settings_reported(tmp_path):
     assert result.exit_code == 0, result.output
     assert f"method.readjust.period (config {own}) dropped" in text(result)
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
-    assert summary["swaps"] == {"readjust": "feddst"}
+    assert summary["swaps"] == {"readjust": "feddst:Regrow"}
     written = tomllib.loads((tmp_path / "r" / "config.toml").read_text())
     assert written["method"]["readjust"]["use"] == "feddst:Regrow"
     assert written["method"]["readjust"]["period"] == 15
+    again = fedsparse("run", "--config", tmp_path / "r" / "config.toml", "--out", tmp_path / "again")
+    assert again.exit_code == 0
+    assert json.loads((tmp_path / "again" / "summary.json").read_text())["swaps"] == summary["swaps"]
+    other = fedsparse(
+        "run", "--plugin", "feddst", "--config", tmp_path / "r" / "config.toml", "--out", tmp_path / "o"
+    )
+    assert "it is pffdst's, and feddst runs" in text(other)
+    assert json.loads((tmp_path / "o" / "summary.json").read_text())["swaps"] == {}
 
 
 BROKEN = {
@@ -132,6 +140,27 @@ BROKEN = {
     "syntax.py": "def (\n",
     "imports.py": "import nothing_of_that_name\n",
     "empty.py": "x = 1\n",
+    "exits.py": "import sys\nsys.exit(0)\n",
+    "parts.py": "PARTS = 5\n",
+    "preset.py": "from fedsparse import Method\nMETHOD = Method('x', preset=3)\n",
+    "forgot.py": (
+        "from fedsparse import Method, Part, Readjusted, hookimpl\n"
+        "class P(Part):\n"
+        "    def due(self, clock):\n"
+        "        return False\n"
+        "    @hookimpl\n"
+        "    def readjust(self, params, mask):\n"
+        "        return Readjusted(params, mask, {})\n"
+        "METHOD = Method('m', readjust=P())\n"
+    ),
+    "loss.py": (
+        "from fedsparse import Method, Part, Stepped, hookimpl\n"
+        "class P(Part):\n"
+        "    @hookimpl\n"
+        "    def local_step(self, params, carry):\n"
+        "        return Stepped(params, carry, {})\n"
+        "METHOD = Method('m', local_step=P())\n"
+    ),
     "hook.py": (
         "from fedsparse import Method, Part, hookimpl\n"
         "class P(Part):\n"
@@ -171,8 +200,20 @@ BROKEN = {
         (["--set", "task.model=lenet", "--set", "task.dataset.height=9"], 2, ["task.model", "cnn"]),
         (["--set", "sparsity.prunable=zz*"], 2, ["sparsity.prunable", "matches no parameter"]),
         (["--set", "rounds"], 2, ["expected KEY=VALUE"]),
-        (["--set", "execution.device=tpu9"], 1, ["execution.device = 'tpu9'", "Allowed: auto, cpu, cuda"]),
-        (["--set", "task=3"], 2, ["task: must be a table"]),
+        (["--set", "execution.device=tpu9"], 2, ["execution.device: 'tpu9'", "Allowed: auto, cpu, cuda"]),
+        (["--set", "execution.device=meta"], 2, ["execution.device", "meta is not supported"]),
+        (["--set", "execution.threads=100000000000"], 2, ["execution.threads", "1024"]),
+        (["--set", "task=3"], 2, ["task: given 3; expected a table"]),
+        (["--set", "task.dataset.use=[1]"], 2, ["task.dataset.use: given [1]"]),
+        (["--set", "method.plugin=3"], 2, ["method.plugin: given 3; expected a name or a path"]),
+        (["--set", "method.readjust.use=3"], 2, ["method.readjust.use: given 3"]),
+        (["--plugin", "pffdst", "--set", "method.extras.CodeCost=3"], 2, ["method.extras.CodeCost: given 3"]),
+        (["--plugin", "pffdst", "--set", "method.extras.Cost.x=3"], 2, ["unknown extra", "'CodeCost'"]),
+        (["--swap", "readjust=feddst", "--swap", "readjust=pffdst"], 2, ["--swap is given twice"]),
+        (["--swap", "readjust=feddst:"], 2, ["expected SLOT=PLUGIN"]),
+        (["--config", ""], 2, ["--config is empty"]),
+        (["--out", "x" * 300], 1, ["cannot write", "too long"]),
+        (["--set", "federation.learning_rate=1e30"], 1, ["NaN or infinity", "lower learning rate"]),
         (["--config", "cifar10-lennet"], 2, ["no such preset", "'cifar10-lenet'"]),
         (["--config", "{tmp}/none.toml"], 2, ["cannot read", "No such file"]),
         (["--config", "{tmp}/broken.toml"], 2, ["is not valid TOML"]),
@@ -186,9 +227,19 @@ BROKEN = {
         (["--plugin", "{tmp}/syntax.py"], 2, ["fails to import", "SyntaxError"]),
         (["--plugin", "{tmp}/imports.py"], 2, ["fails to import", "nothing_of_that_name", "imports.py:1"]),
         (["--plugin", "{tmp}/empty.py"], 2, ["neither METHOD nor a Part"]),
-        (["--plugin", "{tmp}/hook.py"], 2, ["no known hook", "readjusst"]),
+        (["--plugin", "{tmp}/hook.py"], 2, ["unknown hook 'readjusst'", "Did you mean 'readjust'?"]),
         (["--plugin", "{tmp}/argument.py"], 2, ["part P", "gradients"]),
         (["--plugin", "{tmp}/raises.py"], 1, ["part P, slot readjust", "round 0", "KeyError", "raises.py:5"]),
+        (["--plugin", "{tmp}/raises.py"], 1, ["traceback in", "error.log"]),
+        (["--plugin", "{tmp}/exits.py"], 2, ["fails to import", "SystemExit"]),
+        (["--plugin", "{tmp}/forgot.py"], 2, ["due has the name of a hook", "@hookimpl"]),
+        (["--plugin", "{tmp}/parts.py"], 2, ["PARTS is 5"]),
+        (["--plugin", "{tmp}/preset.py"], 2, ["preset holds 3"]),
+        (
+            ["--plugin", "{tmp}/loss.py"],
+            1,
+            ["part P, slot local_step", "client", 'metrics must be a dict that holds "loss"'],
+        ),
         (
             ["--plugin", "{tmp}/shape.py"],
             1,
@@ -264,6 +315,20 @@ def test_plugins_table_shows_failures_and_harms_no_other(monkeypatch, tmp_path):
     assert fedsparse("run", *FAST, "--quiet", "--out", tmp_path / "r").exit_code == 0
 
 
+def test_a_name_claimed_twice_is_refused(monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    from fedsparse.core import registry
+
+    real = registry.entry_points
+    other = EntryPoint("feddst", "somebody.elses:module", "fedsparse")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [*real(group=group), other])
+    for result in (fedsparse("run", "--plugin", "feddst", *FAST), fedsparse("plugins")):
+        assert "'feddst' is claimed by fedsparse" in text(result)
+        assert "somebody.elses:module; uninstall one" in text(result)
+    assert fedsparse("config", "show", "--plugin", "pffdst").exit_code == 0
+
+
 def test_plugins_show_lists_fields_with_defaults_and_ranges():
     said = text(fedsparse("plugins", "show", "pffdst"))
     for expected in (
@@ -310,9 +375,13 @@ def test_config_show_is_toml_with_sources():
 def test_config_schema_describes_the_composition():
     tree = json.loads(fedsparse("config", "schema", "--plugin", "pffdst", "--swap", "readjust=feddst").stdout)
     slots = tree["$defs"]["MethodConfig"]["properties"]
-    assert "min_votes" in slots["aggregate"]["properties"]
-    assert "annealing" in slots["readjust"]["properties"]
-    assert "freeze_scales" in slots["freeze_policy"]["properties"]
+    fields = {
+        slot: slots[slot]["anyOf"][1]["properties"] for slot in ("aggregate", "readjust", "freeze_policy")
+    }
+    assert "min_votes" in fields["aggregate"]
+    assert "annealing" in fields["readjust"]
+    assert fields["readjust"]["use"] == {"enum": ["feddst:Regrow", "feddst"]}
+    assert "freeze_scales" in fields["freeze_policy"]
     assert "digits" in json.dumps(tree["$defs"]["TaskConfig"]["properties"]["dataset"])
 
 
@@ -388,6 +457,8 @@ def test_help_of_every_command_imports_no_torch():
         ("fedsparse run --config cif", "cifar10-lenet"),
         ("fedsparse run --swap read", "readjust="),
         ("fedsparse run --swap readjust=", "readjust=feddst"),
+        ("fedsparse run --swap readjust =", "feddst"),
+        ("fedsparse run --swap readjust = fedd", "feddst"),
         ("fedsparse plugins show ", "fedavg"),
     ],
 )

@@ -178,7 +178,7 @@ class NoHook(Part):
 def test_parts_that_cannot_work_are_refused_when_composed():
     with pytest.raises(TypeError, match=r"2 slots \(mask_init, aggregate\)"):
         TwoSlots.slot()
-    with pytest.raises(TypeError, match="implements no known hook"):
+    with pytest.raises(TypeError, match="implements no hook"):
         NoHook.slot()
     with pytest.raises(TypeError, match="holds UnknownArgument, which fills readjust"):
         Method("x", aggregate=UnknownArgument())
@@ -416,13 +416,16 @@ def test_unreadable_checkpoints_are_refused(tmp_path):
         checkpoint.load(tmp_path / "c")
 
 
-@pytest.mark.parametrize("plugin", ["feddst", "pffdst"])
+@pytest.mark.parametrize("plugin", ["fedavg", "feddst", "pffdst"])
 def test_every_message_of_a_run_encodes_and_decodes(make_engine, plugin):
-    engine = make_engine(plugin, ledger__encode=True, federation__rounds=16, method__readjust__period=3)
-    plain = make_engine(plugin, federation__rounds=16, method__readjust__period=3)
-    assert [r.metrics["upload_bytes"] for r in engine.rounds(engine.start())] == [
-        r.metrics["upload_bytes"] for r in plain.rounds(plain.start())
+    short = {} if plugin == "fedavg" else {"method__readjust__period": 3}
+    engine = make_engine(plugin, ledger__encode=True, federation__rounds=16, **short)
+    plain = make_engine(plugin, federation__rounds=16, **short)
+    sizes = [
+        [(r.metrics["upload_bytes"], r.metrics["download_bytes"]) for r in e.rounds(e.start())]
+        for e in (engine, plain)
     ]
+    assert sizes[0] == sizes[1]
 
 
 def test_a_written_configuration_repeats_the_run(make_resolved, tmp_path):
@@ -432,3 +435,291 @@ def test_a_written_configuration_repeats_the_run(make_resolved, tmp_path):
     assert again.config == made.config
     run(again, tmp_path / "b")
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
+
+
+class InPlace(Part):
+    """Writes into what it is given."""
+
+    @hookimpl
+    def local_step(self, loss, params, carry, batch, lr):
+        value, grads, carry = loss.value_and_grad(params, carry, batch)
+        for name, gradient in grads.items():
+            params[name] -= lr * gradient
+        return Stepped(params, carry, {"loss": value})
+
+
+class InPlaceOnServer(Part):
+    @hookimpl
+    def readjust(self, params, mask, memory):
+        next(iter(mask.values())).fill_(True)
+        return Readjusted(params, mask, memory)
+
+
+class Forgetful(Part):
+    """Changes its memory and says that nothing changes."""
+
+    @hookimpl
+    def freeze(self, memory):
+        memory["n"] = memory.get("n", 0) + 1
+        return
+
+
+@pytest.mark.parametrize("part", [InPlace(), InPlaceOnServer()])
+def test_hooks_may_not_write_into_their_arguments(make_resolved, part):
+    engine = with_part(make_resolved, part, sparsity__target=0.0)
+    start = engine.start()
+    with pytest.raises(ContractError, match=r"wrote into a tensor.*return new ones"):
+        next(engine.rounds(start))
+
+
+def test_memory_changes_only_by_what_is_returned(make_resolved):
+    reports = play(with_part(make_resolved, Forgetful()), 3)
+    assert not reports[-1].state.memory.get("freeze_policy")
+
+
+class BadMetric(Part):
+    @hookimpl
+    def local_step(self, params, carry):
+        return Stepped(params, carry, {"loss": 0.5})
+
+
+class LostBuffers(Part):
+    @hookimpl
+    def local_step(self, loss, params, carry, batch):
+        value, _, carry = loss.value_and_grad(params, carry, batch)
+        return Stepped(params, Carry({}, carry.state), {"loss": value})
+
+
+class FloatSum(Part):
+    @hookimpl
+    def contribute(self, params):
+        return {"weight": 1.0}
+
+    @hookimpl
+    def aggregate(self, params, mask):
+        return Aggregated(params, mask, {})
+
+
+class VagueDue(Part):
+    @hookimpl
+    def due(self, clock):
+        return None
+
+    @hookimpl
+    def readjust(self, params, mask):
+        return Readjusted(params, mask, {})
+
+
+class Unkeepable(Part):
+    @hookimpl
+    def readjust(self, params, mask):
+        return Readjusted(params, mask, {"a": {"seen": {1, 2}}})
+
+
+class PartialWeights(Part):
+    @hookimpl
+    def effective_params(self, params):
+        return {name: p for name, p in params.items() if name != "fc1.bias"}
+
+    @hookimpl
+    def local_step(self, loss, params, carry, batch):
+        value, _, carry = loss.value_and_grad(params, carry, batch)
+        return Stepped(params, carry, {"loss": value})
+
+
+class VectorPenalty(Part):
+    @hookimpl
+    def penalty(self, params):
+        return params["fc1.bias"]
+
+
+class TextBytes(Part):
+    @hookimpl
+    def paper_bytes(self, traffic):
+        return "many"
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        (BadMetric(), "metric 'loss' is float; expected a 0-d tensor"),
+        (FloatSum(), "slot aggregate, hook contribute.*'weight' is float; expected a tensor"),
+        (VagueDue(), "hook due.*returned NoneType; expected bool"),
+        (Unkeepable(), r"memory\['seen'\] is set"),
+        (PartialWeights(), "hook effective_params.*left out parameters"),
+        (VectorPenalty(), "part VectorPenalty, slot extras, hook penalty.*0-d tensor"),
+        (TextBytes(), "hook paper_bytes.*'many'; expected a number"),
+    ],
+)
+def test_wrong_results_are_found_where_they_arise(make_resolved, part, text):
+    from fedsparse import RunError
+
+    extras = (part,) if part.slot() == "extras" else ()
+    engine = with_part(make_resolved, None if extras else part, extras=extras)
+    with pytest.raises(RunError, match=text):
+        play(engine)
+
+
+def test_lost_buffers_are_found(make_engine, make_resolved):
+    changes = {
+        "task__dataset__channels": 3,
+        "task__dataset__height": 8,
+        "task__dataset__width": 8,
+        "task__model": "resnet18",
+        "task__model__use": None,
+        "task__model__hidden": None,
+    }
+    with pytest.raises(ContractError, match=r"carry.buffers: missing \['"):
+        play(with_part(make_resolved, LostBuffers(), **changes))
+
+
+class Noisy(torch.nn.Module):
+    """Dropout, and a weight that two layers share."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(36, 36)
+        self.second = torch.nn.Linear(36, 36)
+        self.second.weight = self.first.weight
+        self.last = torch.nn.Linear(36, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x.flatten(1)))
+        return self.last(torch.dropout(torch.relu(self.second(x)), 0.5, self.training))
+
+
+def test_dropout_repeats_and_tied_weights_train(make_resolved, monkeypatch):
+    from fedsparse.core.models.simple import Mlp
+
+    monkeypatch.setattr(Mlp, "build", lambda *_: Noisy())
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(torch.seed() % 2**31)  # whatever the global generator was left at
+        engine = with_part(make_resolved, None, "feddst", federation__rounds=3, ledger__encode=True)
+        losses.append([report.metrics["train_loss"] for report in engine.rounds(engine.start())])
+    assert losses[0] == losses[1]
+    assert engine.prunable == ("first.weight", "last.weight")
+    dense = with_part(make_resolved, None, "fedavg", federation__rounds=1, sparsity__target=0.0)
+    metrics = play(dense)[0].metrics
+    macs = 2 * 36 * 36 + 36 * 4  # the shared weight is used twice
+    epochs = dense.config.federation.local_epochs
+    assert metrics["flops_total"] == 6 * macs * metrics["samples"] * epochs
+
+
+def test_the_engine_follows_the_learning_rate_schedule(make_engine):
+    engine = make_engine(
+        federation__learning_rate_schedule="linear",
+        federation__learning_rate_final=0.0,
+        federation__learning_rate=0.4,
+        federation__rounds=4,
+    )
+    state, rates, train = engine.start(), [], engine.executor.train
+
+    def watched(plan, clients):
+        rates.append(plan.lr)
+        return train(plan, clients)
+
+    engine.executor.train = watched
+    list(engine.rounds(state))
+    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def test_train_loss_is_the_mean_over_samples(make_engine, monkeypatch):
+    """40 samples a client in batches of 16, 16 and 8: the short batch counts half."""
+    engine = make_engine(federation__clients_per_round=1, federation__local_epochs=1)
+    step, seen = engine.executor.step, []
+
+    def watched(expected, place, /, **offered):
+        stepped = step(expected, place, **offered)
+        seen.append((len(offered["batch"].targets), float(stepped.metrics["loss"])))
+        return stepped
+
+    engine.executor.step = watched
+    metrics = play(engine)[0].metrics
+    assert [size for size, _ in seen] == [16, 16, 8]
+    # sums of float32 in another order
+    assert metrics["train_loss"] == pytest.approx(sum(n * loss for n, loss in seen) / 40, rel=1e-6)
+
+
+def test_client_accuracy_is_the_unweighted_mean_over_clients(make_engine):
+    from torch.func import functional_call
+
+    engine = make_engine(
+        task__partition="dirichlet",
+        task__partition__use=None,
+        task__partition__alpha=0.5,
+        federation__rounds=8,
+        task__dataset__noise=1.0,
+    )
+    report = list(engine.rounds(engine.start()))[-1]
+    data, partition = engine.task.dataset, engine.task.partition
+    engine.task.model.eval()
+    outputs = functional_call(
+        engine.task.model,
+        {**report.state.params, **report.state.buffers},
+        (data.normalise(data.test_inputs),),
+    )
+    hits = (outputs.argmax(1) == data.test_targets).double()
+    each = [float(hits[partition.test_of(k)].mean()) for k in range(partition.clients)]
+    assert report.metrics["client_accuracy"] == pytest.approx(sum(each) / len(each))
+    assert report.metrics["test_accuracy"] == pytest.approx(float(hits.mean()))
+    assert report.metrics["client_accuracy"] != pytest.approx(report.metrics["test_accuracy"])
+
+
+def test_server_scores_are_weighted_by_samples_and_charged(make_resolved):
+    engine = with_part(
+        make_resolved,
+        ServerRegrow(),
+        task__partition="dirichlet",
+        task__partition__use=None,
+        task__partition__alpha=0.5,
+    )
+    given, score = [], engine.executor.score
+
+    def watched(client, batches):
+        found = score(client, batches)
+        given.append((len(engine.task.partition.train_of(client.number)), found["fc1.weight"]))
+        return found
+
+    engine.executor.score = watched
+    readjust, seen = engine.readjust, []
+
+    def kept(state, site, budget, clock, uploads=None):
+        if uploads is not None and uploads.score:
+            seen.append(uploads.score["fc1.weight"] / uploads.samples)
+        readjust(state, site, budget, clock, uploads)
+
+    engine.readjust = kept
+    reports = play(engine, 2)
+    assert len({samples for samples, _ in given}) > 1
+    total = sum(samples for samples, _ in given)
+    torch.testing.assert_close(seen[0], sum(n * s for n, s in given) / total)
+    weights = sum(layer.weights for layer in engine.task.layers)
+    extra = reports[1].metrics["upload_bytes"] - reports[0].metrics["upload_bytes"]
+    assert extra == 3 * 4 * weights
+
+
+def test_configurations_with_any_keys_and_values_can_be_read_back():
+    import tomllib
+
+    from fedsparse.core.config import to_toml
+
+    tree = {
+        "a": {"fc1.weight": 0.5, "two words": {"x": True}, "empty": {}},
+        "b": [1, 2.5, 'é"\\'],
+        "c": [{"x y": 1}, {"z": [False]}],
+        "é": {"d": -1e-9},
+    }
+    assert tomllib.loads(to_toml(tree)) == tree
+
+
+@pytest.mark.parametrize("plugin", ["fedavg", "feddst"])
+def test_an_emptied_layer_is_not_rescaled_to_nan(make_engine, plugin):
+    engine = make_engine(
+        plugin,
+        sparsity__rescale_init=True,
+        sparsity__allocation="global",
+        sparsity__target=0.99,
+        task__model__hidden=[2000, 400],
+    )
+    assert all(p.isfinite().all() for p in engine.start().params.values())

@@ -7,7 +7,7 @@ from fedsparse.core import masks, optim
 from fedsparse.core.budget import Budget, Layer
 from fedsparse.core.schedule import cosine_decay
 from fedsparse.core.state import Clock
-from fedsparse.plugins.fedavg import MagnitudeMask
+from fedsparse.plugins.fedavg import MagnitudeMask, WeightedMean
 from fedsparse.plugins.feddst import MaskedMean, Regrow
 
 LAYER = Layer("w", (3, 4))
@@ -111,8 +111,8 @@ def test_invariants_3_4_5_between_readjustments(make_engine, watch):
     for _, params, mask in watched.steps:
         assert all(not params[name][~mask[name]].any() for name in mask)
     for params, mask, client in watched.downloads:
-        assert client.params is params
-        assert client.mask is mask
+        assert all(client.params[name] is params[name] for name in params)
+        assert all(client.mask[name] is mask[name] for name in mask)
         assert not any(v.any() for v in client.carry.state["momentum"].values())
     for round_, client in watched.uploads:
         if round_ != 1:
@@ -191,10 +191,11 @@ def test_invariant_12_server_prune():
 
 def test_invariant_13_rounds():
     part = Regrow(period=15, ratio=0.01)
-    due = [t for t in range(400) if part.due(Clock(t, 400, 9, 10))]
+    due = [t for t in range(400) if part.due(Clock(t, 400, 9, 10), budget(0.5))]
     assert due == list(range(1, 200, 15))
-    assert not any(part.due(Clock(1, 400, epoch, 10)) for epoch in (0, 8, 10))
-    assert part.due(Clock(1, 400, 0, 1))  # a single epoch: before it
+    assert not any(part.due(Clock(1, 400, epoch, 10), budget(0.5)) for epoch in (0, 8, 10))
+    assert part.due(Clock(1, 400, 0, 1), budget(0.5))  # a single epoch: before it
+    assert not part.due(Clock(1, 400, 9, 10), budget(0.0))  # quirk 9.9: no rewiring of a dense network
 
 
 def test_invariant_14_round_target():
@@ -219,6 +220,66 @@ def test_quirk_9_1_grown_weights_are_trained_before_the_server_prunes(make_engin
     for client in uploaded:
         assert client.params["fc1.weight"][client.mask["fc1.weight"] & ~before["fc1.weight"]].any()
     assert sum(int((grown[n] & after.mask[n]).sum()) for n in before) > 0
+
+
+def test_frozen_weights_survive_pruning_however_small():
+    """In a swap with a freeze policy: the server's pruning, a readjustment with a tiny budget."""
+    frozen = {"w": torch.zeros(3, 4, dtype=torch.bool)}
+    frozen["w"][0, 1] = frozen["w"][1, 1] = True
+    values, held = {"w": torch.ones(3, 4)}, {"w": torch.ones(3, 4, dtype=torch.bool)}
+    values["w"][frozen["w"]] = 1e-9
+    for part in (MaskedMean(), WeightedMean()):
+        sums = part.contribute(values, held, torch.tensor(4.0))
+        made = part.aggregate(sums, values, held, frozen, budget(0.5), {})
+        assert int(made.mask["w"].sum()) == 6
+        assert (made.mask["w"] | ~frozen["w"]).all()
+    part = Regrow(ratio=0.9, annealing="constant")  # keeps 1 of 12, fewer than are frozen
+    moved = part.readjust(values, held, frozen, {"w": torch.rand(3, 4)}, budget(0.5), Clock(1, 10))
+    assert int(moved.mask["w"].sum()) == 6
+    assert torch.equal(moved.params["w"][frozen["w"]], values["w"][frozen["w"]])
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "erk", "global"])
+def test_readjusted_values_stay_on_the_mask_when_rounding_favours_a_layer(allocation):
+    """Counts by largest remainder are not monotone in the sparsity."""
+    torch.manual_seed(0)
+    layers = tuple(Layer(n, s) for n, s in {"a": (7, 9), "b": (5, 11), "c": (3, 17), "d": (4, 12)}.items())
+    params = {layer.name: torch.randn(layer.shape) for layer in layers}
+    full = {n: torch.ones_like(p, dtype=torch.bool) for n, p in params.items()}
+    part, score = Regrow(ratio=0.01, annealing="constant"), {n: p.abs() for n, p in params.items()}
+    for step in range(100):
+        now = Budget(layers, allocation, 0.3 + 0.006 * step)
+        moved = part.readjust(params, full, nothing(full), score, now, Clock(1, 10))
+        assert sum(int(m.sum()) for m in moved.mask.values()) == now.total
+        assert all(not moved.params[n][~m].any() for n, m in moved.mask.items())
+
+
+def test_the_growth_gradient_is_of_the_last_minibatch_before_the_last_epoch(make_engine, monkeypatch):
+    """Document 3.5.1, and quirk 9.14: the number of minibatches is a parameter."""
+    from fedsparse.core.loss import ClientLoss
+
+    seen, real = [], ClientLoss.dense_grad
+
+    def watched(self, params, carry, batches):
+        seen.append(batches)
+        return real(self, params, carry, batches)
+
+    monkeypatch.setattr(ClientLoss, "dense_grad", watched)
+    for batches, epochs in ((1, 3), (2, 3), (1, 1)):
+        seen.clear()
+        engine = make_engine(
+            "feddst",
+            federation__local_epochs=epochs,
+            federation__clients_per_round=1,
+            method__readjust__score_batches=batches,
+        )
+        reports = engine.rounds(engine.start())
+        clients = [next(reports), next(reports)][1].metrics["clients"]
+        epoch = engine.task.batches(clients[0], 1, max(epochs - 2, 0))
+        expected = epoch[:batches] if epochs == 1 else epoch[-batches:]
+        assert len(seen) == 1
+        for a, b in zip(seen[0], expected, strict=True):
+            assert torch.equal(a.inputs, b.inputs)
 
 
 def test_magnitude_mask_keeps_the_largest_initial_weights():
