@@ -25,6 +25,7 @@ def copied(value: Any) -> Any:
     return {key: copied(item) for key, item in value.items()} if type(value) is dict else value
 
 
+SENDS = ("mask", "support")
 SITES = ("client", "server:start", "server:end")
 Result = TypeVar("Result")
 
@@ -76,6 +77,7 @@ class Hooks:
     found: dict[str, Hook]
     site: str
     score_batches: int
+    sends: str
     at: tuple[int | None, int | None] = field(default=(None, None))
 
     def get(self, name: str) -> Hook | None:
@@ -180,7 +182,10 @@ def compose(method: Method) -> Hooks:
     batches = getattr(method.readjust, "score_batches", 1)
     if not isinstance(batches, int) or batches < 1:
         raise ConfigError(f"method {method.name}: score_batches is {batches!r}; expected 1 or more")
-    hooks = Hooks(method, manager, found, _site(method), batches)
+    sends = getattr(method.aggregate, "sends", "mask")
+    if sends not in SENDS:
+        raise ConfigError(f"method {method.name}: sends is {sends!r}. Allowed: {', '.join(SENDS)}")
+    hooks = Hooks(method, manager, found, _site(method), batches, sends)
     for needed in ("mask_init", "local_step", "contribute", "aggregate"):
         if needed not in found:
             filling = method.part(KNOWN[needed])

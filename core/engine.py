@@ -93,7 +93,8 @@ class Engine:
         self.freeze(state, budget, clock)
         self.readjust(state, "server:start", budget, clock)
         clients = self.task.clients(clock.round)
-        self.ledger.begin_round(state.params, state.buffers, state.mask, state.frozen)
+        sent = state.mask if self.hooks.sends == "mask" else masks.support(state.params, state.mask)
+        self.ledger.begin_round(state.params, state.buffers, sent, state.frozen, trained=state.mask)
         uploads = self.executor.train(self.plan(state, budget, clock), clients)
         self.ledger.end_round()
         self.aggregate(state, uploads, budget)
@@ -171,7 +172,8 @@ class Engine:
         free = trainable(state.mask, state.frozen)
         counts = masks.active(free)
         free = {name: m for name, m in free.items() if counts[name] < m.numel()}
-        return Plan(state, budget, clock, free, self.config.sparsity.target, rate)
+        broadcast = state.memory.get("aggregate", {}).get("broadcast", {})
+        return Plan(state, budget, clock, free, self.config.sparsity.target, rate, broadcast)
 
     def aggregate(self, state: ServerState, uploads: Uploads, budget: Budget) -> None:
         """The next global model; buffers are averaged, frozen values kept to the bit."""

@@ -84,10 +84,14 @@ class LocalStep:
         """
 
     @hookspec(firstresult=True)
-    def client_init(self, params: Params, mask: Masks, momentum: float, memory: Memory) -> dict[str, Params]:
+    def client_init(
+        self, params: Params, mask: Masks, momentum: float, broadcast: Params, memory: Memory
+    ) -> dict[str, Params]:
         """When a client starts its round: the fresh optimiser state, by name, e.g. {"momentum": zeros}.
 
-        `memory` is this client's row, as its last `client_final` left it. Default: no state.
+        `memory` is this client's row, as its last `client_final` left it. `broadcast` holds what the
+        `aggregate` part keeps in memory["broadcast"]: tensors sent to every client beside the model, and
+        charged (SCAFFOLD's control variate); empty if there are none. Default: no state.
         """
 
     @hookspec(firstresult=True)
@@ -194,7 +198,9 @@ class Aggregate:
     def contribute(self, params: Params, mask: Masks, anchor: Params, weight: Tensor, carry: Carry) -> Sums:
         """For every client after its training: tensors by name that the engine adds over the cohort.
 
-        `weight` is the client's number of training samples, 0-d. Buffers are averaged by the engine.
+        `weight` is the client's number of training samples, 0-d. Buffers are averaged by the engine. What is
+        named "extra/…" is charged as sent beside the model. A part whose attribute `sends` is "support"
+        (default "mask") sends what is not 0, both ways, and not all that the mask allows (Top-K).
         """
 
     @hookspec(firstresult=True)

@@ -105,6 +105,11 @@ def apply(params: Params, mask: Masks) -> Params:
     return {name: torch.where(mask[name], p, 0.0) if name in mask else p for name, p in params.items()}
 
 
+def support(params: Params, mask: Masks) -> Masks:
+    """Where the masked parameters are not 0."""
+    return {name: m & (params[name] != 0) for name, m in mask.items()}
+
+
 def active(mask: Masks) -> dict[str, int]:
     """Active weights a layer (looks at the counts: one transfer to the host)."""
     return dict(zip(mask, map_counts(mask, lambda m: m), strict=True))

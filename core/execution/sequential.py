@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import rng
+from .. import masks, rng
 from ..budget import Budget
 from ..compose import Hooks
 from ..contracts import Contracts, versions
@@ -43,6 +43,7 @@ class Plan:
     trainable: Masks
     target: float
     lr: float
+    broadcast: Params = field(default_factory=dict)
 
 
 @dataclass
@@ -118,10 +119,14 @@ class Sequential:
             torch.manual_seed(int(rng.key(self.task.seed, "model", plan.clock.round, number)))
             yield
 
+    def sent(self, client: Client) -> Masks:
+        """The mask of the values that a client sends."""
+        return masks.support(client.params, client.mask) if self.hooks.sends == "support" else client.mask
+
     def download(self, plan: Plan, number: int) -> Client:
         """The client's state is the server's; its optimiser starts fresh."""
         state = plan.state
-        self.ledger.download(number)
+        self.ledger.download(number, extra=self.ledger.sidecar(plan.broadcast))
         fresh: dict[str, Params] = {}
         if self.hooks.get("client_init"):
             fresh = self.hooks.call(
@@ -130,6 +135,7 @@ class Sequential:
                 params=state.params,
                 mask=state.mask,
                 momentum=self.task.federation.momentum,
+                broadcast=plan.broadcast,
                 memory=moved_to(state.rows.get(number, {}), self.task.device),
             )
         loss = ClientLoss(self.loss, state.mask, state.params)
@@ -244,10 +250,6 @@ class Sequential:
     def upload(self, plan: Plan, client: Client, uploads: Uploads) -> None:
         """Adds the client's contribution and keeps its row."""
         state, samples = plan.state, len(self.task.partition.train_of(client.number))
-        self.ledger.train(samples * self.task.federation.local_epochs, client.score_samples)
-        self.ledger.upload(
-            client.number, client.mask, client.params, client.carry.buffers, extra=client.score_bytes
-        )
         weight = torch.tensor(float(samples), device=self.task.device)
         contribution = self.hooks.call(
             "contribute",
@@ -260,6 +262,10 @@ class Sequential:
         )
         if self.contracts:
             self.contracts.summed(self.hooks.where("contribute"), contribution, uploads.sums)
+        beside = {name: value for name, value in contribution.items() if name.startswith("extra/")}
+        extra = client.score_bytes + self.ledger.sidecar(beside)
+        self.ledger.train(samples * self.task.federation.local_epochs, client.score_samples)
+        self.ledger.upload(client.number, self.sent(client), client.params, client.carry.buffers, extra)
         uploads.add(uploads.sums, contribution)
         buffers = {name: samples * b.to(torch.float64) for name, b in client.carry.buffers.items()}
         uploads.add(uploads.buffers, buffers)

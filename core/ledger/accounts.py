@@ -26,7 +26,7 @@ from ..errors import RunError
 from ..state import Masks, Params
 from .codecs import decode_masks, encode_masks, masks_size
 from .flops import Cost, training_cost
-from .messages import Message, MessageSize, count, measure, prove
+from .messages import Count, Message, MessageSize, count, measure, prove
 
 
 class Traffic(NamedTuple):
@@ -94,6 +94,7 @@ class _Prices(NamedTuple):
     """bytes of the mask for a receiver that holds the one before"""
     any_frozen: bool
     cost: Cost
+    counts: Mapping[str, Count]
     traffic: Traffic
     """that of a client that changes nothing"""
 
@@ -134,9 +135,12 @@ class Ledger:
         self._prices: _Prices | None = None
         self._model: Message | None = None
 
-    def begin_round(self, params: Params, buffers: Params, mask: Masks, frozen: Masks) -> None:
+    def begin_round(
+        self, params: Params, buffers: Params, mask: Masks, frozen: Masks, trained: Masks | None = None
+    ) -> None:
         """Open a round with what the server is about to send, after its readjustment and freezing.
 
+        `mask` says which values are sent; `trained`, if it is another, which weights clients train (FLOPs).
         Masks are never changed in place (the hooks' contract): an object that was seen before is unchanged.
         """
         self.round = Tally()
@@ -150,10 +154,22 @@ class Ledger:
         self._mask, self._frozen = mask, frozen
         self._model = Message(params, buffers, mask, frozen) if self._encode else None
         if new_mask or new_frozen or self._prices is None:
-            self._prices = self._price(mask, frozen)
+            self._prices = self._price(mask, frozen, mask if trained is None else trained)
 
-    def download(self, client: int) -> int:
-        """Bytes sent to `client` now; from here on it holds the current mask and frozen set."""
+    def sidecar(self, tensors: Mapping[str, Tensor]) -> int:
+        """Bytes of tensors that travel beside the model.
+
+        One that is named as a parameter, perhaps behind a prefix and "/", is sent where that trains.
+        """
+        counts = self._open().counts
+        size = 0
+        for name, tensor in tensors.items():
+            twin = counts.get(name.rpartition("/")[2])
+            size += (tensor.numel() if twin is None else twin.live) * tensor.element_size()
+        return size
+
+    def download(self, client: int, extra: int = 0) -> int:
+        """Bytes sent to `client` now, `extra` among them; it holds the current mask and frozen set then."""
         prices = self._open()
         first, held = client not in self._held, self._held.get(client, (0, 0))
         send_mask = held[0] != self._version[0]
@@ -164,6 +180,7 @@ class Ledger:
         if self._model is not None:
             reference = self._before if update else None
             prove(self._model, size, send_mask=send_mask, send_frozen=send_frozen, reference=reference)
+        size += extra
         self._held[client] = self._version
         self._downloaded[client] = (first, send_mask)
         self.round = self.round.plus(download_bytes=size)
@@ -181,7 +198,7 @@ class Ledger:
 
         `mask` holds the very tensors of the server's mask if the client left it alone; otherwise it is sent,
         and says which values are. `params` and `buffers`, the client's own, are needed for `encode` only.
-        `extra` bytes go with the upload as they are: growth scores, raw.
+        `extra` bytes go with the upload as they are: growth scores, control variates.
         """
         prices = self._open()
         if client not in self._downloaded:
@@ -272,7 +289,7 @@ class Ledger:
             raise RunError("the ledger has no open round")
         return self._prices
 
-    def _price(self, mask: Masks, frozen: Masks) -> _Prices:
+    def _price(self, mask: Masks, frozen: Masks, trained: Masks) -> _Prices:
         """Everything that needs the tensors of a mask and a frozen set."""
         counts = count(self._params, mask, frozen)
         sizes = {name: param.numel() for name, param in self._params.items()}
@@ -283,7 +300,8 @@ class Ledger:
             size,
             size.mask if self._before is None else masks_size(mask, self._before),
             any_frozen=any(c.still for c in counts.values()),
-            cost=training_cost(self._macs, counts, sizes),
+            cost=training_cost(self._macs, count(self._params, trained, frozen), sizes),
+            counts=counts,
             traffic=Traffic(
                 round=self._index,
                 weights=sum(sizes[name] for name in mask),
