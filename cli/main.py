@@ -83,7 +83,7 @@ def run(chosen: Settings, out: Path | None, quiet: bool) -> None:
     resolved = chosen.resolve()
     view = choose_view(quiet)
     with view:
-        summary = runner.run(resolved, out, view.begin, view.round)
+        summary = runner.run(resolved, out, view.begin, view.round, view.say)
     view.end(summary)
     if summary["interrupted"]:
         sys.exit(INTERRUPTED)

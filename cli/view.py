@@ -44,6 +44,10 @@ class View:
     def round(self, report: Report) -> None:
         """After each round."""
 
+    def say(self, text: str) -> None:
+        """News in between."""
+        self.console.print(text, markup=False)
+
     def end(self, summary: Mapping[str, Any]) -> None:
         """The summary table and where the results are."""
         assert self.folder is not None

@@ -194,7 +194,7 @@ def _build(merged: Merged, plugin: Plugin, registry: Registry, problems: list[Pr
         for slot in SLOTS:
             path, table = f"method.{slot}", method_table.get(slot, {})
             if not isinstance(table, dict):
-                refuse(path, f'given {table!r}; expected a table such as {{use = "feddst"}}')
+                refuse(path, f'given {table!r}; expected a table such as {{use = "PLUGIN"}}')
                 continue
             given = dict(table)
             use = given.pop("use", method_table["plugin"])

@@ -27,13 +27,14 @@ def run(
     out: Path | None = None,
     begun: Begun = lambda engine, folder: None,
     watch: Watcher = lambda report: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Runs to the end and returns the summary, also written to `summary.json`.
 
-    `begun` is called once, before the first round, `watch` after each. Ctrl-C ends the run after the round
-    that is being played, a second one at once; either way what was recorded stays, and the summary says
-    "interrupted". Raises FedsparseError for what the user can mend; the traceback of a run that failed is
-    kept in `error.log`.
+    `begun` is called once, before the first round, `watch` after each, `say` with news in words. Ctrl-C ends
+    the run after the round that is being played, a second one at once; either way what was recorded stays,
+    and the summary says "interrupted". Raises FedsparseError for what the user can mend; the traceback of a
+    run that failed is kept in `error.log`.
     """
     started = time.perf_counter()
     if out is not None:
@@ -45,7 +46,7 @@ def run(
     every, rounds = resolved.config.output.checkpoint_every, resolved.config.federation.rounds
     stop = threading.Event()
     try:
-        with first_ctrl_c_sets(stop):
+        with first_ctrl_c_sets(stop, say):
             for report in engine.rounds(state):
                 state = report.state
                 folder.record(report.metrics)
@@ -72,7 +73,7 @@ def run(
 
 
 @contextmanager
-def first_ctrl_c_sets(stop: threading.Event) -> Iterator[None]:
+def first_ctrl_c_sets(stop: threading.Event, say: Callable[[str], None]) -> Iterator[None]:
     """The first Ctrl-C sets the event; the second raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread only
@@ -82,6 +83,7 @@ def first_ctrl_c_sets(stop: threading.Event) -> Iterator[None]:
     def first(*_: object) -> None:
         stop.set()
         signal.signal(signal.SIGINT, before)
+        say("Ending after this round; Ctrl-C again ends at once.")
 
     signal.signal(signal.SIGINT, first)
     try:
