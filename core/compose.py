@@ -124,11 +124,11 @@ class Hooks:
         parts = ", ".join(type(impl.plugin).__name__ for impl in impls)
         return Where(self.method.name, parts, "extras", name, *self.at)
 
-    def loss(self, model: nn.Module) -> ModelLoss:
+    def loss(self, model: nn.Module, target: float) -> ModelLoss:
         """The training loss of a model through this method's effective parameters and penalties."""
 
         def weights(params: Params, mask: Masks) -> Params:
-            found = self.call("effective_params", dict, params=params, mask=mask)
+            found = self.call("effective_params", dict, params=params, mask=mask, target=target)
             if found.keys() != params.keys():
                 raise self.where("effective_params").breach("left out parameters, or named unknown ones")
             return found
@@ -185,6 +185,14 @@ def compose(method: Method) -> Hooks:
     sends = getattr(method.aggregate, "sends", "mask")
     if sends not in SENDS:
         raise ConfigError(f"method {method.name}: sends is {sends!r}. Allowed: {', '.join(SENDS)}")
+    for part in method.parts():
+        for slot, partner in part.needs.items():
+            other = type(method.part(slot)).__name__
+            if other != partner:
+                raise ConfigError(
+                    f"method {method.name}: part {type(part).__name__} works only with {partner} in the slot "
+                    f"{slot}, which holds {other}; swap both"
+                )
     hooks = Hooks(method, manager, found, _site(method), batches, sends)
     for needed in ("mask_init", "local_step", "contribute", "aggregate"):
         if needed not in found:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
@@ -50,13 +50,22 @@ class TaskConfig(Section):
     download: bool = Field(False, description="download a data set that is missing")
     model: SerializeAsAny[Component] = Field(description="network and its settings, or module:callable")
     partition: SerializeAsAny[Component] = Field(description="how samples are dealt to clients")
+    augment: Literal["none", "crop-flip"] = Field(
+        "none",
+        description="'crop-flip' shifts training images by up to 4 pixels, zeros moving in, and mirrors half "
+        "of them, anew each local epoch",
+    )
 
 
 class FederationConfig(Section):
     """Who trains, how long and how fast."""
 
     clients: int = Field(50, ge=1, description="clients in the pool")
-    clients_per_round: int = Field(10, ge=1, description="clients sampled a round, without replacement")
+    clients_per_round: int = Field(10, ge=1, description="clients sampled a round")
+    replacement: bool = Field(
+        False,
+        description="sample with replacement, as the FedDST and PFFDST codes do: a client can train twice",
+    )
     rounds: int = Field(300, ge=1, description="communication rounds")
     local_epochs: int = Field(2, ge=1, description="passes over a client's data a round")
     batch_size: int = Field(16, ge=1, description="samples a local step")

@@ -37,7 +37,7 @@ class Engine:
         self.params, self.buffers = task.initial()
         self.prunable = tuple(layer.name for layer in task.layers)
         self.contracts = Contracts(self.params, self.prunable) if self.config.execution.contracts else None
-        self.loss = self.hooks.loss(task.model)
+        self.loss = self.hooks.loss(task.model, self.config.sparsity.target)
         macs = forward_macs(task.model, task.dataset.input_shape, self.prunable)
         self.ledger = Ledger(
             self.params,
@@ -86,14 +86,14 @@ class Engine:
 
     def play(self, state: ServerState) -> Report:
         """One round."""
-        started, clock, before = time.perf_counter(), self.clock(state.round), state.mask
+        started, clock, before = time.perf_counter(), self.clock(state.round), self.sent(state)
         state = state.copy()  # an interrupted round leaves the last one whole
         self.hooks.at = (clock.round, None)
         budget = self.budget(clock)
         self.freeze(state, budget, clock)
         self.readjust(state, "server:start", budget, clock)
         clients = self.task.clients(clock.round)
-        sent = state.mask if self.hooks.sends == "mask" else masks.support(state.params, state.mask)
+        sent = self.sent(state)
         self.ledger.begin_round(state.params, state.buffers, sent, state.frozen, trained=state.mask)
         uploads = self.executor.train(self.plan(state, budget, clock), clients)
         self.ledger.end_round()
@@ -185,6 +185,8 @@ class Engine:
             mask=state.mask,
             frozen=state.frozen,
             budget=budget,
+            pool_samples=len(self.task.partition.train_indices),
+            key=self.key("aggregate", state.round),
             memory=state.memory.get("aggregate", {}),
         )
         if self.contracts:
@@ -227,10 +229,11 @@ class Engine:
         """The round's line of `metrics.jsonl`, without its seconds."""
         names = self.prunable
         total = sum(layer.weights for layer in self.task.layers)
-        active = sum(masks.active(state.mask).values())
+        now = self.sent(state)
+        active = sum(masks.active(now).values())
         still = sum(masks.active({name: state.frozen[name] for name in names}).values())
-        both = sum(masks.active({name: state.mask[name] & before[name] for name in names}).values())
-        either = sum(masks.active({name: state.mask[name] | before[name] for name in names}).values())
+        both = sum(masks.active({name: now[name] & before[name] for name in names}).values())
+        either = sum(masks.active({name: now[name] | before[name] for name in names}).values())
         means = {name: float(value) / uploads.steps_weight for name, value in uploads.metrics.items()}
         if not math.isfinite(means["loss"]):
             raise RunError(f"round {clock.round}: the loss is {means['loss']}; lower the learning rate")
@@ -249,6 +252,10 @@ class Engine:
         if (clock.round + 1) % every == 0 or clock.round + 1 == clock.rounds:
             line |= evaluate(self.task, self.loss, state.params, state.buffers, state.mask)
         return line
+
+    def sent(self, state: ServerState) -> Masks:
+        """The weights that the global model has: its mask, or its support if that is what is sent."""
+        return state.mask if self.hooks.sends == "mask" else masks.support(state.params, state.mask)
 
     def paper_bytes(self, traffic: Traffic) -> float:
         """A client's round by the method's own formula."""

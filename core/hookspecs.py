@@ -77,7 +77,7 @@ class LocalStep:
         """Once, before `mask_init`: maps the framework's initial weights. Default: identity."""
 
     @hookspec(firstresult=True)
-    def effective_params(self, params: Params, mask: Masks) -> Params:
+    def effective_params(self, params: Params, mask: Masks, target: float) -> Params:
         """In every forward pass of training and evaluation, and on export: the weights the layers use.
 
         For reparametrisations (w = θ·|θ|^(β-1)). Return an entry for every parameter. Default: identity.
@@ -106,6 +106,7 @@ class LocalStep:
         lr: float,
         momentum: float,
         weight_decay: float,
+        target: float,
         clock: Clock,
         key: Tensor,
     ) -> Stepped:
@@ -205,9 +206,19 @@ class Aggregate:
 
     @hookspec(firstresult=True)
     def aggregate(
-        self, sums: Sums, params: Params, mask: Masks, frozen: Masks, budget: Budget, memory: Memory
+        self,
+        sums: Sums,
+        params: Params,
+        mask: Masks,
+        frozen: Masks,
+        budget: Budget,
+        pool_samples: int,
+        key: Tensor,
+        memory: Memory,
     ) -> Aggregated:
         """Once a round: the next global model from the summed contributions; zero off the mask it returns.
+
+        `pool_samples` counts the training samples of all clients of the pool, sampled this round or not.
 
         The engine writes frozen values back afterwards, so that rounding cannot move them.
         """

@@ -134,3 +134,72 @@ def within(mask: Masks, budget: Budget) -> bool:
 def is_stacked(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the tensors are those of `torch.func.vmap` or `grad`, which have no host values."""
     return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors.values())
+
+
+def prune_smallest_tied(params: Params, mask: Masks, budget: Budget, frozen: Masks | None = None) -> Masks:
+    """`prune_smallest`, but an active weight that is exactly 0 is no better than a masked zero.
+
+    Magnitudes are ranked over the whole tensor and equal ones by flat index, so some active zeros go while
+    masked ones count as kept: fewer than the budget can be left. Released codes prune so.
+    """
+    scores = {name: torch.where(active, params[name].abs(), 0.0) for name, active in mask.items()}
+    held = {name: mask[name] & entries for name, entries in (frozen or {}).items() if name in mask}
+    scores |= {name: scores[name].masked_fill(entries, math.inf) for name, entries in held.items()}
+    kept = by_budget(scores, budget)
+    kept = {name: kept[name] & active for name, active in mask.items()}
+    return kept | {name: kept[name] | entries for name, entries in held.items()}
+
+
+def largest_lacking(mask: Masks, score: Scores, budget: Budget) -> Masks:
+    """As many positions of largest score as the mask is short of the budget, active ones not excluded."""
+    if budget.counts is not None:
+        return {name: rank(score[name]) < budget.counts[name] - active.sum() for name, active in mask.items()}
+    ranks = rank(torch.cat([score[layer.name].flatten() for layer in budget.layers]))
+    chosen = ranks < budget.total - torch.stack([active.sum() for active in mask.values()]).sum()
+    parts = torch.split(chosen, [layer.weights for layer in budget.layers])
+    return {layer.name: part.view(layer.shape) for layer, part in zip(budget.layers, parts, strict=True)}
+
+
+def rank(score: Tensor) -> Tensor:
+    """Each entry's place by score, 0 for the largest; among equals the lower flat index comes first.
+
+    Selects a count that is itself a tensor (a client's own, under vmap): `rank(score) < count`.
+    """
+    order = score.flatten().argsort(descending=True, stable=True)
+    return order.argsort().view(score.shape)
+
+
+def full(params: Params, budget: Budget) -> Masks:
+    """The mask of a dense network: every prunable weight exists."""
+    return {layer.name: torch.ones_like(params[layer.name], dtype=torch.bool) for layer in budget.layers}
+
+
+def global_top(params: Params, mask: Masks, budget: Budget, frozen: Masks | None = None) -> Masks:
+    """The active weights of largest magnitude in the whole network, whatever the budget's allocation.
+
+    All but round(S·P) of the P weights that the mask covers, zeros among those that go: exactly so many are
+    left unless fewer were active, or more are frozen.
+    """
+    dropped = round(budget.sparsity * budget.weights)
+    network = Budget(budget.layers, "global", dropped / budget.weights)  # its total is exact to the unit
+    return prune_smallest(params, mask, network, frozen)
+
+
+def movable(mask: Masks, frozen: Masks) -> Masks:
+    """mask & ~frozen, for every parameter that either names: where an optimiser may change a value."""
+    free = {name: m & ~frozen[name] if name in frozen else m for name, m in mask.items()}
+    return free | {name: ~f for name, f in frozen.items() if name not in mask}
+
+
+def largest_with_ties(params: Params, mask: Masks, count: int, frozen: Masks | None = None) -> Masks:
+    """The active weights no smaller than the `count`-th largest magnitude of the whole network.
+
+    All that tie with it stay, so that more than `count` can be left; masked weights rank as zeros, frozen
+    ones above everything. A network with fewer than `count` nonzero weights comes back as it is.
+    """
+    sizes = {name: torch.where(active, params[name].abs(), 0.0) for name, active in mask.items()}
+    for name in sizes.keys() & (frozen or {}).keys():
+        sizes[name] = sizes[name].masked_fill((frozen or {})[name] & mask[name], math.inf)
+    flat = torch.cat([size.flatten() for size in sizes.values()])
+    threshold = flat.kthvalue(flat.numel() - count + 1).values
+    return {name: active & (sizes[name] >= threshold) for name, active in mask.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from . import rng
 from .budget import Layer
 from .config import FederationConfig, RunConfig, SparsityConfig
 from .data import Dataset, Partition
+from .data.dataset import MARGIN, crop_flip
 from .data.partition import PartitionRule
-from .data.sources import Source
+from .data.source import Source
 from .errors import ConfigError, Problem, nearest
 from .models.architecture import Architecture
 from .state import Batch, Params
@@ -24,7 +25,7 @@ from .state import Batch, Params
 
 @dataclass(frozen=True)
 class Task:
-    """Data on the device as stored (uint8), clients as index lists, and the network as a template.
+    """Data on the device as stored, clients as index lists, and the network as a template.
 
     The module's own parameters are never trained: a run hands it parameters by name.
     """
@@ -36,6 +37,7 @@ class Task:
     federation: FederationConfig
     seed: int
     device: torch.device
+    augment: Literal["none", "crop-flip"] = "none"
 
     def initial(self) -> tuple[Params, Params]:
         """Parameters and buffers as the framework initialised them."""
@@ -44,18 +46,24 @@ class Task:
         return params, buffers
 
     def clients(self, round_: int) -> list[int]:
-        """The clients sampled in a round, without replacement, the same for every method of a seed."""
+        """The clients sampled in a round, the same for every method of a seed."""
         stream = rng.generator(self.seed, "clients", round_)
-        chosen = stream.choice(self.partition.clients, self.federation.clients_per_round, replace=False)
+        chosen = stream.choice(
+            self.partition.clients, self.federation.clients_per_round, self.federation.replacement
+        )
         return [int(client) for client in chosen]
 
     def batches(self, client: int, round_: int, epoch: int) -> list[Batch]:
-        """A client's minibatches of one local epoch; the last may be short."""
+        """A client's minibatches of one local epoch, augmented if the task says so; the last may be short."""
         indices = self.partition.train_of(client)
         if self.federation.shuffle:
             indices = rng.generator(self.seed, "batches", round_, client, epoch).permutation(indices)
         chosen = torch.from_numpy(np.ascontiguousarray(indices)).to(self.device)
-        inputs = self.dataset.normalise(self.dataset.train_inputs[chosen])
+        stored = self.dataset.train_inputs[chosen]
+        if self.augment == "crop-flip":
+            stream = rng.key(self.seed, "augment", round_, client, epoch, device=self.device)
+            stored = crop_flip(stored, stream)
+        inputs = self.dataset.normalise(stored)
         targets = self.dataset.train_targets[chosen]
         size = self.federation.batch_size
         return [
@@ -88,6 +96,8 @@ def build(config: RunConfig) -> Task:
     source = cast(Source, config.task.dataset)
     rule, architecture = cast(PartitionRule, config.task.partition), cast(Architecture, config.task.model)
     loaded = source.load(config.task.data_root, config.task.download)
+    if config.task.augment == "crop-flip":
+        _need_images(loaded)
     partition = rule.split(
         loaded.train_targets.numpy(),
         loaded.test_targets.numpy(),
@@ -110,7 +120,27 @@ def build(config: RunConfig) -> Task:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     layers = prunable_layers(model, config.sparsity)
-    return Task(loaded.to(device), partition, model.to(device), layers, federation, config.seed, device)
+    return Task(
+        loaded.to(device),
+        partition,
+        model.to(device),
+        layers,
+        federation,
+        config.seed,
+        device,
+        config.task.augment,
+    )
+
+
+def _need_images(dataset: Dataset) -> None:
+    """Refuses to crop and flip sound, and images that a crop could miss altogether."""
+    height, width = dataset.input_shape[1:]
+    if dataset.train_inputs.dtype != torch.uint8 or min(height, width) <= MARGIN:
+        message = (
+            f"'crop-flip' is for images of more than {MARGIN} pixels a side; {dataset.name} has inputs of "
+            f"{height}x{width} in {str(dataset.train_inputs.dtype).removeprefix('torch.')}. Use 'none'"
+        )
+        raise ConfigError([Problem("task.augment", message)])
 
 
 def choose_device(name: str) -> torch.device:

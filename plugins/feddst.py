@@ -4,15 +4,26 @@ Every `period` rounds each client drops the smallest fraction of its active weig
 connections where its own gradient is largest; the server averages each weight over the clients that hold
 it and prunes the union to the budget.
 
-Fidelity: what the method means, not what the released code does. Growth happens after epoch E-1 of E, so
-that new weights are trained before the server prunes (in the code they arrive as zeros and are pruned at
-once); it never hits active weights; ties prefer active weights; the fraction is annealed; clients are
-weighted by samples and sampled without replacement. Published figures come from the released code.
+Fidelity: `variant = "paper"` is what the method means. Growth happens after epoch E-1 of E (our reading), so
+that new weights are trained before the server prunes; it never hits active weights; ties prefer active
+weights; the fraction is annealed; clients are weighted by samples. `variant = "released"` of both parts is
+what the code (bibikar/feddst) does: α stays constant and the cosine only ends it; clients rewire after
+their last epoch, so that new weights arrive as zeros and are pruned at once; growth may pick active weights
+and erases them; active zeros tie with masked ones, so that the density leaks below the budget; a dense
+network is rewired too ("FedAvg" of the code's README). Its clients weigh 2·ceil(n/B): `batch_size`.
+
+It samples clients with replacement: `federation.replacement`. No hook can express the rest: the engine
+averages buffers by samples; the code's gate by a client's own count of epochs is that of E = 10 (for other
+E we follow the fork of PFFDST, which always takes the last epoch; that fork anneals α). Its ties are broken
+arbitrarily, ours by position; where the code would skip the server's pruning and leave a layer above its
+budget, ours prunes. Published figures, the abstract's as well as FedDST's rows in PFFDST's tables, come from
+the released codes (with a second softmax in the small nets: `task.model.double_softmax`).
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import math
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -31,9 +42,13 @@ from ..core.state import Aggregated, Clock, Masks, Memory, Params, Readjusted, S
 class Regrow(Part):
     """Clients drop their smallest weights and grow where their gradient is largest."""
 
-    budget_promise: ClassVar[Literal["exact"]] = "exact"
+    budget_promise: ClassVar[Literal["at most"]] = "at most"  # exact but for the released variant
     site: ClassVar[Literal["client"]] = "client"
 
+    variant: Literal["paper", "released"] = Field(
+        "paper",
+        description="'released': constant α, after the last epoch, growth can erase weights, density leaks",
+    )
     ratio: float = Field(
         0.01, ge=0, le=1, description="α: fraction of the active weights replaced at a readjustment"
     )
@@ -41,17 +56,29 @@ class Regrow(Part):
     annealing: Literal["cosine", "constant"] = Field(
         "cosine", description="how the fraction decays; 'constant' readjusts to the end of the run"
     )
-    end: float = Field(0.5, gt=0, le=1, description="R_end: annealing ends after this fraction of the rounds")
+    starts: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
+        (0.0,), description="where cycles of annealing start, as fractions of the rounds in [0, 1)"
+    )
+    end: float = Field(0.5, gt=0, le=1, description="R_end: a cycle ends after this fraction of the rounds")
     final_sparsity: float | None = Field(
         None, ge=0, lt=1, description="S_fin: sparsity reached linearly at `end`; unset keeps the target"
     )
     score_batches: int = Field(1, ge=1, description="minibatches behind the growth gradient")
 
-    def fraction(self, clock: Clock) -> float:
-        """r_t = DECAY(t, α, R_end)."""
+    def since(self, clock: Clock) -> int:
+        """Rounds since the latest cycle started, t - t₀; 0 before the first one."""
+        started = [t for start in self.starts if (t := share(clock.rounds, start)) <= clock.round]
+        return clock.round - max(started, default=clock.round)
+
+    def decayed(self, clock: Clock) -> float:
+        """r_t = DECAY(t - t₀, α, R_end)."""
         if self.annealing == "constant":
             return self.ratio
-        return cosine_decay(clock.round, self.ratio, share(clock.rounds, self.end))
+        return cosine_decay(self.since(clock), self.ratio, share(clock.rounds, self.end))
+
+    def fraction(self, clock: Clock) -> float:
+        """Of the active weights, replaced now."""
+        return self.decayed(clock) if self.variant == "paper" else self.ratio
 
     @hookimpl
     def target_sparsity(self, base: float, clock: Clock) -> float:
@@ -62,10 +89,11 @@ class Regrow(Part):
 
     @hookimpl
     def due(self, clock: Clock, budget: Budget) -> bool:
-        if budget.sparsity == 0:
+        paper, since = self.variant == "paper", self.since(clock)
+        if paper and budget.sparsity == 0:
             return False  # a dense network has nowhere to grow
-        in_round = (clock.round - 1) % self.period == 0 and clock.round > 0 and self.fraction(clock) > 0
-        return in_round and clock.epoch == clock.epochs - 1
+        in_round = since > 0 and (since - 1) % self.period == 0 and self.decayed(clock) > 0
+        return in_round and clock.epoch == clock.epochs - paper
 
     @hookimpl
     def grow_score(self, dense_grad: Params) -> Scores:
@@ -75,22 +103,40 @@ class Regrow(Part):
     def readjust(
         self, params: Params, mask: Masks, frozen: Masks, score: Scores, budget: Budget, clock: Clock
     ) -> Readjusted:
+        paper = self.variant == "paper"
+        prune = masks.prune_smallest if paper else masks.prune_smallest_tied
         sparser = budget.at(budget.sparsity + (1 - budget.sparsity) * self.fraction(clock))
-        kept = masks.prune_smallest(params, mask, sparser, frozen)
-        kept = masks.prune_smallest(params, kept, budget, frozen)  # rounding can favour a layer at `sparser`
+        kept = prune(params, mask, sparser, frozen)
+        kept = prune(params, kept, budget, frozen)  # rounding can favour a layer at `sparser`
         params = masks.apply(params, kept)
-        return Readjusted(params, masks.grow_largest(kept, score, budget), {})
+        if paper:
+            return Readjusted(params, masks.grow_largest(kept, score, budget), {})
+        free = {name: s.masked_fill(frozen[name], -math.inf) for name, s in score.items()}
+        grown = masks.largest_lacking(kept, free, budget)
+        erased = {name: torch.where(grown[name], 0.0, params[name]) for name in mask}
+        return Readjusted(params | erased, {name: kept[name] | grown[name] for name in mask}, {})
 
 
 class MaskedMean(Part):
-    """Each weight's sample-weighted mean over the clients that hold it, pruned back to the budget."""
+    """Each weight's mean over the clients that hold it, weighted, pruned back to the budget."""
 
+    variant: Literal["paper", "released"] = Field(
+        "paper", description="'released': weights that are exactly 0 tie with pruned ones; the density leaks"
+    )
     min_votes: float = Field(
-        0, ge=0, description="weights held by clients with this many samples together, or fewer, are dropped"
+        0, ge=0, description="weights held by clients with this weight together, or less, are dropped"
+    )
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="weigh clients by 2·ceil(n/B) as the released code does: its B, that of the federation; "
+        "unset weighs them by their n samples",
     )
 
     @hookimpl
     def contribute(self, params: Params, mask: Masks, weight: Tensor) -> Sums:
+        if self.batch_size is not None:
+            weight = 2 * torch.ceil(weight / self.batch_size)
         votes = {f"votes/{name}": weight * m for name, m in mask.items()}
         return {**{name: weight * p for name, p in params.items()}, **votes, "weight": weight}
 
@@ -106,8 +152,19 @@ class MaskedMean(Part):
                 mean[name] = torch.where(union[name], sums[name] / votes, 0.0)
             else:
                 mean[name] = sums[name] / sums["weight"]
-        kept = masks.prune_smallest(mean, union, budget, frozen)
+        if self.variant == "paper":
+            kept = masks.prune_smallest(mean, union, budget, frozen)
+        elif self.too_dense(params, union, budget):
+            kept = masks.prune_smallest_tied(mean, union, budget, frozen)
+        else:
+            kept = union
         return Aggregated(masks.apply(mean, kept), kept, memory)
+
+    def too_dense(self, params: Params, union: Masks, budget: Budget) -> bool:
+        """Whether the released code prunes: in its density every tensor named weight counts, scales too."""
+        scales = sum(p.numel() for name, p in params.items() if name.endswith("weight") and name not in union)
+        held = sum(masks.active(union).values()) + scales
+        return 1 - held / (budget.weights + scales) < budget.sparsity or not masks.within(union, budget)
 
 
 class CodeCost(Part):

@@ -5,10 +5,19 @@ random connections are added up to the target s2 = s, and half B trains only tho
 half is a window in which the server, every `period` rounds, drops the smallest weights and draws as many new
 ones at random; in it the network is denser by the differential sparsity f, pruned when the window closes.
 
-Fidelity: the schedule of paper and appendix (windows of R/8 in both halves), whose budgets the published
-tables fit; the released code readjusts in half A only and ends denser than the target. A window closes
-by pruning to the nominal budget, never below it. The network frozen is the current one, not the one with
-the best test accuracy. Clients are weighted by samples and sampled without replacement.
+Fidelity: `variant = "paper"` is the schedule of paper and appendix, whose budgets the published tables 4 and
+5 fit (windows of R/8 in both halves). A window closes by pruning to the nominal budget, never below it (our
+reading). `variant = "released"` of ServerReadjust is what the code (Dawns14/pffdst) does with both flags of
+its README: one window of R/4, and half B stays f denser than the target to the end, density 1.25·(1-s); a
+window that ends between two readjustments closes by the round's pruning alone. That of MaskedMean adds the
+code's ties: new weights that are still 0 are switched off, and the density leaks. The code's `--sparsity` is
+s1, not the target: its README's 0.95 is `sparsity.target` = 2·0.95 - 1 = 0.9. The README's command lines are
+"released"; which schedule the published accuracies come from is not established.
+
+No hook can express the rest of the code: it freezes the network of the best *test* accuracy so far and rolls
+everything back to it, while evaluation does not feed back here, so that both variants freeze the current
+network. It samples clients with replacement: `federation.replacement`. f·n is not truncated in floating point (38,399
+for 38,400 in the code), and no client is weighted by batches unless `aggregate.batch_size` says so.
 """
 
 from __future__ import annotations
@@ -67,7 +76,8 @@ class FreezeHalf(Part):
     ) -> Frozen | None:
         if clock.round != self.freeze_round(clock):
             return None
-        frozen = dict(mask)
+        # the network of half A; a swapped readjustment can have left the mask denser than that
+        frozen = dict(masks.prune_smallest(params, mask, budget.at((1 + target) / 2)))
         if self.freeze_scales:
             scales = {
                 n: p for n, p in params.items() if n.endswith("weight") and n not in mask and p.dim() == 1
@@ -86,6 +96,10 @@ class ServerReadjust(Part):
     budget_promise: ClassVar[Literal["none"]] = "none"  # swaps q weights a layer whatever the count
     site: ClassVar[Literal["server:start"]] = "server:start"
 
+    variant: Literal["paper", "released"] = Field(
+        "paper",
+        description="'released': the first window is twice as long, the others stay open and swap nothing",
+    )
     ratio: float = Field(
         0.5,
         ge=0,
@@ -105,7 +119,10 @@ class ServerReadjust(Part):
     def windows(self, rounds: int) -> list[tuple[int, int]]:
         """(T_open, T_close) of each window."""
         opens = [share(rounds, start) for start in self.starts]
-        return [(opened, opened + share(rounds, self.window)) for opened in opens]
+        if self.variant == "paper":
+            return [(opened, opened + share(rounds, self.window)) for opened in opens]
+        first = share(rounds, 2 * self.window)
+        return [(opened, rounds if index else opened + first) for index, opened in enumerate(opens)]
 
     @hookimpl
     def target_sparsity(self, base: float, target: float, clock: Clock) -> float:
@@ -114,11 +131,14 @@ class ServerReadjust(Part):
 
     @hookimpl
     def due(self, clock: Clock) -> bool:
-        inside = any(opened < clock.round < closed for opened, closed in self.windows(clock.rounds))
+        swapping = self.windows(clock.rounds)[: None if self.variant == "paper" else 1]
+        inside = any(opened < clock.round < closed for opened, closed in swapping)
         return (inside and clock.round % self.period == 0) or self.closing(clock)
 
     def closing(self, clock: Clock) -> bool:
         """Whether a window closes in this round: prune, no growth."""
+        if self.variant == "released" and clock.round % self.period:
+            return False  # the round's pruning does it
         return any(clock.round == closed > opened for opened, closed in self.windows(clock.rounds))
 
     @hookimpl
@@ -133,11 +153,13 @@ class ServerReadjust(Part):
         key: Tensor,
         memory: Memory,
     ) -> Readjusted:
-        if self.closing(clock):
+        if self.closing(clock) and self.variant == "paper":
             moved = masks.prune_smallest(params, mask, budget, frozen)
             return Readjusted(masks.apply(params, moved), moved, memory)
         swapped = {layer.name: share(layer.weights, self.differential(target)) for layer in budget.layers}
         kept = masks.drop_smallest(params, mask, frozen, swapped)
+        if self.closing(clock):
+            return Readjusted(masks.apply(params, kept), kept, memory)
         before, after = masks.active(mask), masks.active(kept)
         dropped = {name: before[name] - after[name] for name in mask}
         params = masks.apply(params, kept)

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from ..component import Component
 from .dataset import Dataset
-from .partition import PARTITIONS, Partition
+from .partition import Dirichlet, Iid, Partition, Shards
+from .partition_by_user import ByUser
+from .partitions_by_class import ClassDisjoint, Lda
 from .sources import DATASETS
+
+PARTITIONS: dict[str, type[Component]] = {
+    "iid": Iid,
+    "dirichlet": Dirichlet,
+    "shards": Shards,
+    "lda": Lda,
+    "class-disjoint": ClassDisjoint,
+    "by-user": ByUser,
+}
+"""Partitions by the name that a configuration uses; every entry is a `PartitionRule`."""
 
 __all__ = ["DATASETS", "PARTITIONS", "Dataset", "Partition"]

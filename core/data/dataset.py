@@ -1,4 +1,4 @@
-"""Dataset: a data set held whole in memory as uint8, normalised on the device a batch at a time."""
+"""Dataset: a data set held whole in memory as stored, augmented and normalised on the device by the batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from .. import rng
+
+MARGIN = 4
+"""Pixels of zeros that `crop_flip` puts on each side of an image."""
 
 
 @lru_cache(maxsize=64)
@@ -21,10 +27,11 @@ def _affine(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images and labels of one data set.
+    """Inputs and labels of one data set.
 
-    `train_inputs`, `test_inputs`: uint8 (n, c, h, w). `train_targets`, `test_targets`: int64 (n,), in
-    [0, classes). `mean`, `std`: one number a channel, of inputs divided by `scale` (the largest raw value).
+    `train_inputs`, `test_inputs`: (n, c, h, w), of the most compact type that holds them: uint8 for images,
+    int16 for sound, float16 for its spectra. `train_targets`, `test_targets`: int64 (n,), in [0, classes).
+    `mean`, `std`: one number a channel, of inputs divided by `scale` (the largest raw value).
     """
 
     name: str
@@ -44,7 +51,7 @@ class Dataset:
         return channels, height, width
 
     def normalise(self, inputs: Tensor) -> Tensor:
-        """`(x / scale - mean) / std`: uint8 (…, c, h, w) to float32 of that shape, on the inputs' device."""
+        """`(x / scale - mean) / std`: stored (…, c, h, w) to float32 of that shape, on the inputs' device."""
         gain, offset = _affine(self.mean, self.std, self.scale, inputs.device)
         return torch.addcmul(offset, inputs, gain)
 
@@ -57,3 +64,23 @@ class Dataset:
             test_inputs=self.test_inputs.to(device),
             test_targets=self.test_targets.to(device),
         )
+
+
+def crop_flip(images: Tensor, stream: Tensor) -> Tensor:
+    """Each image (n, c, h, w) shifted by up to `MARGIN` pixels a direction, then, one time in two, mirrored.
+
+    A window of the image's size is cut at a uniform place out of the image with `MARGIN` pixels of zeros
+    around it. These are raw zeros, black, as papers pad before they normalise: afterwards they are
+    -mean / std, not 0. The draws are those of `stream` (a key on the images' device), three an image.
+    """
+    count, channels, height, width = images.shape
+    drawn = rng.bits(stream, (count, 3))
+    # 2^63 is no multiple of the 9 offsets: the bias is below 1e-18
+    top, left = (drawn[:, :2] % (2 * MARGIN + 1)).unbind(1)
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    along = torch.arange(width, device=images.device)
+    columns = left[:, None] + torch.where(drawn[:, 2:] % 2 == 1, along.flip(0), along)
+    image = torch.arange(count, device=images.device).view(-1, 1, 1, 1)
+    channel = torch.arange(channels, device=images.device).view(-1, 1, 1)
+    padded = pad(images, (MARGIN,) * 4)
+    return padded[image, channel, rows.view(count, 1, height, 1), columns.view(count, 1, 1, width)]

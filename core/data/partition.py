@@ -260,7 +260,3 @@ class Shards(PartitionRule):
                 f"shards, or fewer federation.clients",
             )
         return np.arange(shards + 1, dtype=np.int64) * self.samples_per_shard
-
-
-PARTITIONS: dict[str, type[Component]] = {"iid": Iid, "dirichlet": Dirichlet, "shards": Shards}
-"""Partitions by the name that a configuration uses; every entry is a `PartitionRule`."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,21 +20,11 @@ from torch import Tensor
 from ..component import Component
 from ..errors import RunError
 from .dataset import Dataset
+from .source import Source
+from .speech import SpeechCommands
 
 _MNIST = ((0.1307,), (0.3081,))
 _CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-
-
-class Source(Component, ABC):
-    """Where a data set comes from."""
-
-    @abstractmethod
-    def load(self, data_root: Path, download: bool) -> Dataset:
-        """The data set on the CPU.
-
-        `data_root` is the folder that holds the files of all data sets; `download` allows to fetch what is
-        missing into it. Raises `RunError` if files are missing, damaged or cannot be fetched.
-        """
 
 
 def _torchvision(
@@ -349,5 +338,6 @@ DATASETS: dict[str, type[Component]] = {
     "cifar10": Cifar10,
     "cifar100": Cifar100,
     "svhn": Svhn,
+    "speech-commands": SpeechCommands,
 }
 """Data sets by the name that a configuration uses; every entry is a `Source`."""

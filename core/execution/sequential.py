@@ -150,6 +150,7 @@ class Sequential:
             "lr": plan.lr,
             "momentum": federation.momentum,
             "weight_decay": federation.weight_decay,
+            "target": plan.target,
         }
         place = self.hooks.where("local_step")
         number_of_step, batches = 0, list[Batch]()

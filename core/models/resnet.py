@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
 
 from .architecture import Architecture, unsuited
 
@@ -44,13 +45,16 @@ class ResNet18(Architecture):
                 f"resnet18 needs inputs of 8x8 pixels or more, the data set's are "
                 f"{input_shape[1]}x{input_shape[2]}; use cnn or mlp"
             )
-        return _ResNet18(input_shape[0], classes, self.groups if self.norm == "group" else None)
+        return BasicResNet18(input_shape[0], classes, self.groups if self.norm == "group" else None)
 
 
-class _ResNet18(nn.Module):
-    """Basic blocks under flat names; `groups` None means batch normalisation."""
+class BasicResNet18(nn.Module):
+    """Basic blocks under flat names; `groups` None means batch normalisation.
 
-    def __init__(self, channels: int, classes: int, groups: int | None) -> None:
+    `large_stem` puts ImageNet's 7x7 convolution and 3x3 max-pooling, both of stride 2, in front.
+    """
+
+    def __init__(self, channels: int, classes: int, groups: int | None, large_stem: bool = False) -> None:
         super().__init__()
 
         def add(conv: str, norm: str, inputs: int, width: int, kernel: int, stride: int) -> None:
@@ -58,7 +62,8 @@ class _ResNet18(nn.Module):
             self.add_module(conv, layer)
             self.add_module(norm, nn.GroupNorm(groups, width) if groups else nn.BatchNorm2d(width))
 
-        add("stem", "stem_norm", channels, _WIDTHS[0], 3, 1)
+        self.large_stem = large_stem
+        add("stem", "stem_norm", channels, _WIDTHS[0], *((7, 2) if large_stem else (3, 1)))
         inputs = _WIDTHS[0]
         self.blocks: list[str] = []
         for stage, width in enumerate(_WIDTHS, start=1):
@@ -82,6 +87,8 @@ class _ResNet18(nn.Module):
             return y
 
         x = torch.relu(apply("stem", "stem_norm", x))
+        if self.large_stem:
+            x = max_pool2d(x, 3, 2, 1)
         for name in self.blocks:
             y = torch.relu(apply(f"{name}_conv1", f"{name}_norm1", x))
             y = apply(f"{name}_conv2", f"{name}_norm2", y)

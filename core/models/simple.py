@@ -66,7 +66,10 @@ class Stack(nn.Module):
 
 
 class Mlp(Architecture):
-    """Linear layers with ReLU between them, for inputs of any shape."""
+    """Linear layers with ReLU between them, for inputs of any shape.
+
+    `hidden = [128, 128]` on (1, 28, 28) is FedSparsify's FashionMNIST net, 118,282 parameters.
+    """
 
     hidden: tuple[Width, ...] = Field(
         default=(200, 200),

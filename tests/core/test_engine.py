@@ -723,3 +723,23 @@ def test_an_emptied_layer_is_not_rescaled_to_nan(make_engine, plugin):
         task__model__hidden=[2000, 400],
     )
     assert all(p.isfinite().all() for p in engine.start().params.values())
+
+
+def test_sampling_with_replacement_trains_a_client_twice(make_engine):
+    """As the FedDST and PFFDST codes do (FedDST document 9.8): it downloads, trains and counts twice."""
+    engine = make_engine("pffdst", federation__replacement=True, federation__clients_per_round=6)
+    reports = play(engine, 4)
+    repeated = [r.metrics for r in reports if len(set(r.metrics["clients"])) < 6]
+    assert repeated
+    for metrics in repeated:
+        sizes = [len(engine.task.partition.train_of(client)) for client in metrics["clients"]]
+        assert metrics["samples"] == sum(sizes)
+    plain = make_engine("pffdst", federation__clients_per_round=6)
+    assert sorted(play(plain)[0].metrics["clients"]) == list(range(6))
+
+
+def test_parts_that_need_a_partner_are_refused_alone(make_resolved):
+    with pytest.raises(ConfigError, match="DynamicSgd works only with DynamicMean in the slot aggregate"):
+        make_resolved("fedavg", ["local_step=feddyn"])
+    both = make_resolved("fedavg", ["local_step=feddyn", "aggregate=feddyn"])
+    assert both.method.aggregate is not None

@@ -1,0 +1,226 @@
+"""Pruned activations: layers keep only their largest inputs for the weight gradient.
+
+During the forward pass a mode replaces convolutions and linear layers, wherever the model calls them, by
+functions with the same output and the same gradients for input and bias; the gradient of the weight is
+taken with the inputs of magnitude at or above a threshold, the k-th largest of the layer's whole minibatch.
+Only those are stored for the backward pass. The model's modules stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+from torch.overrides import TorchFunctionMode
+
+from .loss import ClientLoss, ModelLoss
+from .masks import is_stacked
+from .schedule import share
+from .state import Batch, Carry, Params
+
+FLOOR = 1e-7  # fraction of the inputs that a layer without weights keeps
+_UNSET = -1.0  # no magnitude
+_PREFIX = "threshold/"
+
+
+def layers(params: Params) -> list[str]:
+    """Names of the weights of convolutions and linear layers: matrices and what has more dimensions."""
+    return [name for name, p in params.items() if p.dim() > 1]
+
+
+def unset(params: Params) -> Params:
+    """Thresholds of convolutions, for `carry.state["threshold"]`: the first minibatch sets them."""
+    return {name: p.new_full((), _UNSET) for name, p in params.items() if p.dim() > 2}
+
+
+def value_and_grad(
+    loss: ClientLoss,
+    params: Params,
+    carry: Carry,
+    batch: Batch,
+    pruned: Iterable[str],
+    density: float | None = None,
+) -> tuple[Tensor, Params, Carry]:
+    """`loss.value_and_grad` with the inputs of the layers `pruned` (names of weights) pruned.
+
+    A layer keeps the fraction `density` of its inputs (and equals of the last), or, if that is None, as large
+    a fraction as is not 0 among the weights that it uses. Layers in `carry.state["threshold"]` use the
+    threshold there again once it is set.
+    """
+    of = loss.of
+    pruning = _PrunedLoss(of.model, of.effective_params, of.penalty, frozenset(pruned), density)
+    held = carry.state.get("threshold", {})
+    # among the buffers, thresholds go into and out of the differentiated function as values
+    buffers = {**carry.buffers, **{f"{_PREFIX}{name}": t for name, t in held.items()}}
+    value, grads, after = replace(loss, of=pruning).value_and_grad(params, Carry(buffers, carry.state), batch)
+    state = {**carry.state, "threshold": {name: after.buffers[f"{_PREFIX}{name}"] for name in held}}
+    moved = {name: after.buffers[name] for name in carry.buffers}
+    return value, grads, Carry(moved, state if held else carry.state)
+
+
+@dataclass(frozen=True)
+class _PrunedLoss(ModelLoss):
+    """The loss of a model whose layers prune their inputs; thresholds are among the buffers."""
+
+    pruned: frozenset[str] = frozenset()
+    density: float | None = None
+
+    def plain(self, weights: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Params]:
+        held = {n.removeprefix(_PREFIX): b for n, b in buffers.items() if n.startswith(_PREFIX)}
+        own = {n: b for n, b in buffers.items() if not n.startswith(_PREFIX)}
+        names = {id(weights[name]): name for name in self.pruned}  # a layer is called with this very tensor
+        with Pruning(names, held, self.density) as mode:
+            value, moved = super().plain(weights, own, batch)
+        return value, moved | {f"{_PREFIX}{name}": t for name, t in mode.thresholds.items()}
+
+
+class Pruning(TorchFunctionMode):
+    """Replaces the layers whose weights are in `names`, by identity; `thresholds` moves with the calls."""
+
+    def __init__(self, names: Mapping[int, str], thresholds: Params, density: float | None = None) -> None:
+        super().__init__()
+        self.names, self.thresholds, self.density = names, dict(thresholds), density
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is linear:
+            return self.linear(*args, **(kwargs or {}))
+        if func in (torch.conv1d, torch.conv2d, torch.conv3d):
+            return self.convolution(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        name = self.names.get(id(weight))
+        if name is None:
+            return linear(input, weight, bias)
+        return _Linear.apply(input, self.kept(name, input, weight), weight, bias)
+
+    def convolution(
+        self,
+        func: Callable[..., Any],
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Any:
+        name, size = self.names.get(id(weight)), weight.shape[2:]
+        if name is None:
+            return func(input, weight, bias, stride, padding, dilation, groups)
+        kept, steps = self.kept(name, input, weight), _each(dilation, len(size))
+        if isinstance(padding, str):
+            total = [step * (k - 1) if padding == "same" else 0 for step, k in zip(steps, size, strict=True)]
+            sides = [side for width in reversed(total) for side in (width // 2, width - width // 2)]
+            input, kept, padding = pad(input, sides), pad(kept, sides), 0
+        geometry = (_each(stride, len(size)), _each(padding, len(size)), steps, groups)
+        return _Convolution.apply(input, kept, weight, bias, *geometry)
+
+    def kept(self, name: str, inputs: Tensor, weight: Tensor) -> Tensor:
+        """The inputs of a layer that count in the gradient of its weight, others 0."""
+        magnitude = inputs.detach().abs()
+        return torch.where(
+            magnitude >= self.threshold(name, magnitude, weight.detach()), inputs.detach(), 0.0
+        )
+
+    def threshold(self, name: str, magnitude: Tensor, weight: Tensor) -> Tensor:
+        """The least magnitude that a layer keeps, 0-d."""
+        held = self.thresholds.get(name)
+        # a host tensor outside vmap can be looked at for nothing, which saves most of the sorting
+        seen = magnitude.device.type == "cpu" and not is_stacked({"inputs": magnitude, "weight": weight})
+        if held is not None and seen and held >= 0:
+            return held
+        total, size = magnitude.numel(), weight.numel()
+        nonzero = (weight != 0).sum()
+        if self.density is None:
+            count = (nonzero * total + size - 1) // size  # ceil(density of the weight · total), in integers
+        else:
+            count = nonzero.new_tensor(total - share(total, 1 - self.density))
+        fresh = kth_largest(magnitude, count.clamp_min(math.ceil(FLOOR * total)), seen)
+        if held is None:
+            return fresh
+        threshold = torch.where(held >= 0, held, fresh)
+        # a dense layer prunes nothing, and leaves its threshold open
+        self.thresholds[name] = torch.where(nonzero < size, threshold, held)
+        return threshold
+
+
+def kth_largest(values: Tensor, k: Tensor, seen: bool) -> Tensor:
+    """The k-th largest of all values, 0-d; the value of `k` is looked at only if `seen`."""
+    flat = values.flatten()
+    if seen:
+        return flat.kthvalue(flat.numel() + 1 - int(k)).values
+    return flat.sort(descending=True).values.gather(0, (k - 1).view(1)).view(())
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer; the gradient of the weight uses `kept` instead of `inputs`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(inputs: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(inputs, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, kept, weight, bias = inputs
+        ctx.save_for_backward(kept, weight)
+        ctx.biased = bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        kept, weight = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        by_weight = flat.T @ kept.reshape(-1, kept.shape[-1])
+        return grad @ weight, None, by_weight, flat.sum(0) if ctx.biased else None
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution in any number of dimensions; the gradient of the weight uses `kept`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        inputs: Tensor,
+        kept: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+    ) -> Tensor:
+        flat = [0] * len(stride)
+        return torch.convolution(inputs, weight, bias, stride, padding, dilation, False, flat, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, kept, weight, bias, *ctx.geometry = inputs
+        ctx.save_for_backward(kept, weight)
+        ctx.biases = None if bias is None else [weight.shape[0]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        kept, weight = ctx.saved_tensors
+        *sizes, groups = ctx.geometry
+        # the gradient of the input does not depend on the input: one call gives all three
+        wanted = [ctx.needs_input_grad[0], True, ctx.biases is not None]
+        found = torch.ops.aten.convolution_backward(
+            grad, kept, weight, ctx.biases, *sizes, False, [0] * len(sizes[0]), groups, wanted
+        )
+        return found[0], None, found[1], found[2], None, None, None, None
+
+
+def _each(value: Any, dimensions: int) -> list[int]:
+    """One number a dimension."""
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers * dimensions if len(numbers) == 1 else numbers

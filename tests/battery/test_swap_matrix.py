@@ -1,0 +1,52 @@
+"""Each distinct part of each method in its slot of other methods, two rounds, contracts on."""
+
+import pytest
+
+from fedsparse.core.errors import ConfigError
+from fedsparse.core.hookspecs import SLOTS
+from fedsparse.core.registry import Registry
+from fedsparse.core.resolve import find_part
+
+REGISTRY = Registry()
+NAMES = REGISTRY.names()
+
+
+def distinct_parts():
+    """(slot, plugin): the first plugin that brings each different part."""
+    for slot in SLOTS:
+        seen = []
+        for name in NAMES:
+            part = find_part(name, slot, REGISTRY)[1]
+            if part not in seen:
+                seen.append(part)
+                yield slot, name
+
+
+PARTS = list(distinct_parts())
+
+
+def swapped(make_engine, base, slot, other):
+    changes = {"federation__rounds": 2, "sparsity__target": 0.7}
+    method = REGISTRY.load(base).method
+    partner = find_part(other, slot, REGISTRY)[1].needs
+    if any(type(method.part(needed)).__name__ != part for needed, part in partner.items()):
+        with pytest.raises(ConfigError, match="works only with"):
+            make_engine(base, [f"{slot}={other}"], **changes)
+        return
+    engine = make_engine(base, [f"{slot}={other}"], **changes)
+    reports = list(engine.rounds(engine.start()))
+    assert len(reports) == 2
+    assert engine.contracts is not None
+
+
+@pytest.mark.parametrize(("slot", "other"), PARTS)
+@pytest.mark.parametrize("base", ["fedavg", "feddst", "pffdst"])
+def test_each_part_in_the_main_methods(make_engine, base, slot, other):
+    swapped(make_engine, base, slot, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("slot", "other"), PARTS)
+@pytest.mark.parametrize("base", [name for name in NAMES if name not in ("fedavg", "feddst", "pffdst")])
+def test_each_part_in_every_other_method(make_engine, base, slot, other):
+    swapped(make_engine, base, slot, other)
