@@ -16,8 +16,8 @@ s1, not the target: its README's 0.95 is `sparsity.target` = 2·0.95 - 1 = 0.9. 
 
 No hook can express the rest of the code: it freezes the network of the best *test* accuracy so far and rolls
 everything back to it, while evaluation does not feed back here, so that both variants freeze the current
-network. It samples clients with replacement: `federation.replacement`. f·n is not truncated in floating point (38,399
-for 38,400 in the code), and no client is weighted by batches unless `aggregate.batch_size` says so.
+network. It samples clients with replacement: `federation.replacement`. f·n is not truncated in floating point
+(38,399 for 38,400 in the code), and no client is weighted by batches unless `aggregate.batch_size` says so.
 """
 
 from __future__ import annotations

@@ -120,6 +120,7 @@ def test_client_hooks_under_vmap_equal_the_loop(make_engine, plugin):
                 lr=0.05,
                 momentum=0.0,
                 weight_decay=0.001,
+                target=0.8,
                 clock=engine.clock(1),
                 key=rng.key(0),
             )

@@ -107,6 +107,7 @@ def test_local_step_under_vmap_equals_the_loop(make_engine, plugin, model):
                 "lr": 0.05,
                 "momentum": federation.momentum,
                 "weight_decay": 0.001,
+                "target": 0.8,
                 "clock": engine.clock(0),
                 "key": rng.key(0),
             }
