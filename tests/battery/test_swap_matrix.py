@@ -27,9 +27,9 @@ PARTS = list(distinct_parts())
 
 def swapped(make_engine, base, slot, other):
     changes = {"federation__rounds": 2, "sparsity__target": 0.7}
-    method = REGISTRY.load(base).method
-    partner = find_part(other, slot, REGISTRY)[1].needs
-    if any(type(method.part(needed)).__name__ != part for needed, part in partner.items()):
+    parts = {s: find_part(other if s == slot else base, s, REGISTRY)[1] for s in SLOTS}
+    needs = [need for part in parts.values() for need in part.needs.items()]
+    if any(type(parts[needed]).__name__ != partner for needed, partner in needs):
         with pytest.raises(ConfigError, match="works only with"):
             make_engine(base, [f"{slot}={other}"], **changes)
         return
