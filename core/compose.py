@@ -193,6 +193,12 @@ def compose(method: Method) -> Hooks:
                     f"method {method.name}: part {type(part).__name__} works only with {partner} in the slot "
                     f"{slot}, which holds {other}; swap both"
                 )
+    growing = [type(part).__name__ for part in method.parts() if part.grows]
+    if growing and not getattr(method.local_step, "moves_zeros", True):
+        raise ConfigError(
+            f"method {method.name}: {', '.join(growing)} grows weights at 0, which the local step of "
+            f"{type(method.local_step).__name__} can never move; swap one of them"
+        )
     hooks = Hooks(method, manager, found, _site(method), batches, sends)
     for needed in ("mask_init", "local_step", "contribute", "aggregate"):
         if needed not in found:

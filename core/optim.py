@@ -25,8 +25,8 @@ def sgd(
 ) -> tuple[Params, dict[str, Params]]:
     """One step of g ← g + λw; v ← μv + g; w ← w - η·v on the trainable entries; others keep their bits.
 
-    The momentum buffer `state["momentum"]` covers masked entries too (FedDST code; harmless, because growth
-    clears it). `trainable` lists only tensors with entries that must not move. Returns parameters and state.
+    The momentum buffer `state["momentum"]` covers masked entries too (FedDST code; harmless, because the
+    engine clears it where a client grows and it starts afresh each round). `trainable` lists only tensors with entries that must not move. Returns parameters and state.
     """
     names = list(params)
     step = _elementwise if is_stacked(grads) or is_stacked(params) else _foreach

@@ -42,6 +42,7 @@ from ..core.state import Aggregated, Clock, Masks, Memory, Params, Readjusted, S
 class Regrow(Part):
     """Clients drop their smallest weights and grow where their gradient is largest."""
 
+    grows: ClassVar[bool] = True
     budget_promise: ClassVar[Literal["at most"]] = "at most"  # exact but for the released variant
     site: ClassVar[Literal["client"]] = "client"
 

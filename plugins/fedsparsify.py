@@ -67,8 +67,13 @@ class PersistentSgd(Part):
         return MaskedSgd().local_step(loss, params, carry, batch, trainable, lr, momentum, weight_decay)
 
     @hookimpl
-    def client_final(self, carry: Carry) -> Memory:
-        return dict(carry.state) if self.keep_momentum else {}
+    def client_final(self, params: Params, carry: Carry) -> Memory:
+        # none for weights that are gone: one that a swapped part grows again starts afresh
+        kept = {
+            kind: {name: torch.where(params[name] != 0, v, 0.0) for name, v in entries.items()}
+            for kind, entries in carry.state.items()
+        }
+        return dict(kept) if self.keep_momentum else {}
 
 
 class ProgressivePurge(Part):
@@ -83,7 +88,11 @@ class ProgressivePurge(Part):
     start: int = Field(
         1, ge=0, description="t_0: rounds that train dense, less than federation.rounds; 1 or more is advised"
     )
-    frequency: int = Field(1, ge=1, description="F: rounds between steps of the schedule")
+    frequency: int = Field(
+        1,
+        ge=1,
+        description="F: rounds between steps; the target is reached if it divides the rounds",
+    )
     exponent: float = Field(3.0, gt=0, description="e: 1 sparsifies evenly, larger ones earlier")
 
     def scheduled(self, final: float, t: int, rounds: int) -> float:
@@ -96,6 +105,9 @@ class ProgressivePurge(Part):
         if self.start >= clock.rounds:
             message = f"given {self.start}, but federation.rounds is {clock.rounds}; use less, or more rounds"
             raise ConfigError([Problem("method.readjust.start", message)])
+        if self.frequency * (clock.rounds // self.frequency) <= self.start and self.initial < base:
+            message = f"given {self.frequency}, so that no step comes before the end of {clock.rounds} rounds"
+            raise ConfigError([Problem("method.readjust.frequency", message)])
         if self.initial > base:
             message = f"given {self.initial:g}, above the final sparsity {base:g} (sparsity.target)"
             raise ConfigError([Problem("method.readjust.initial", message)])

@@ -82,6 +82,7 @@ class BestCandidate(Part):
 class Progressive(Part):
     """The server grows by mean gradient and prunes by magnitude, one block of layers at a time."""
 
+    grows: ClassVar[bool] = True
     budget_promise: ClassVar[Literal["none"]] = "none"  # keeps every layer's count, whatever it is
     site: ClassVar[Literal["server:end"]] = "server:end"
 

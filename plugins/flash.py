@@ -44,6 +44,7 @@ from .random import RandomMask
 class AdaptDensities(Part):
     """Clients drop each layer's smallest weights and grow at random where weights are large."""
 
+    grows: ClassVar[bool] = True
     budget_promise: ClassVar[Literal["none"]] = "none"  # the total is exact; the layers' shares move
     site: ClassVar[Literal["client"]] = "client"
 

@@ -42,6 +42,7 @@ from .feddst import MaskedMean
 class FreezeHalf(Part):
     """Trains at half the target density, then freezes that network and grows to the target."""
 
+    grows: ClassVar[bool] = True
     budget_promise: ClassVar[Literal["none"]] = "none"  # growth is uniform; the round's pruning reconciles
 
     at: float = Field(
@@ -93,6 +94,7 @@ class FreezeHalf(Part):
 class ServerReadjust(Part):
     """The server drops the smallest weights and draws as many at random, inside a window of each half."""
 
+    grows: ClassVar[bool] = True
     budget_promise: ClassVar[Literal["none"]] = "none"  # swaps q weights a layer whatever the count
     site: ClassVar[Literal["server:start"]] = "server:start"
 
@@ -121,6 +123,8 @@ class ServerReadjust(Part):
         opens = [share(rounds, start) for start in self.starts]
         if self.variant == "paper":
             return [(opened, opened + share(rounds, self.window)) for opened in opens]
+        if not self.window:
+            return []
         first = share(rounds, 2 * self.window)
         return [(opened, rounds if index else opened + first) for index, opened in enumerate(opens)]
 

@@ -63,6 +63,7 @@ class InitialImportance(Part):
 class Reconfigure(Part):
     """Chooses among inactive and small weights those with the largest squared gradient over time."""
 
+    grows: ClassVar[bool] = True
     budget_promise: ClassVar[Literal["exact"]] = "exact"
     site: ClassVar[Literal["server:end"]] = "server:end"
 

@@ -33,6 +33,7 @@ from .random import RandomMask
 class Rig(Part):
     """Drops the smallest weights and grows where the gradient is largest."""
 
+    grows: ClassVar[bool] = True
     budget_promise: ClassVar[Literal["exact"]] = "exact"
 
     site: Literal["server:end", "client"] = Field("server:end", description="who rewires, by whose gradient")

@@ -31,6 +31,7 @@ from .random import RandomMask
 class Evolve(Part):
     """Removes the smallest weights and draws as many connections at random."""
 
+    grows: ClassVar[bool] = True
     budget_promise: ClassVar[Literal["exact"]] = "exact"
 
     site: Literal["server:start", "client"] = Field("server:start", description="who rewires")

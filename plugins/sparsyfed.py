@@ -41,13 +41,22 @@ from .topk import FullMask, GlobalTopK, PlainMean
 class PoweredSgd(Part):
     """SGD on θ where layers use sign(θ)·|θ|^β, with inputs pruned for the gradient of the weight."""
 
-    exponent: float = Field(1.25, ge=1, description="β, 1 or more; 1 leaves the weights as they are")
+    exponent: float = Field(
+        1.25,
+        ge=1,
+        description="β; 1 leaves the weights as they are (the paper's β = 1: with --swap aggregate=topk)",
+    )
     spectral: bool = Field(
         False, description="β = 1 + mean|θ|/σ(|θ|) of each layer, σ the spectral norm, instead of `exponent`"
     )
     prune_activations: bool = Field(
         True, description="prune a layer's inputs to its weight's density, for the gradient of the weight"
     )
+
+    @property
+    def moves_zeros(self) -> bool:
+        """Whether a weight that is 0 has a gradient: only where no power is taken."""
+        return self.exponent == 1 and not self.spectral
 
     @hookimpl
     def initial_params(self, params: Params) -> Params:

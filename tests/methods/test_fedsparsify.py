@@ -518,6 +518,9 @@ def test_invariant_22_settings_that_do_not_fit_the_run(make_engine):
         engine = make_engine("fedsparsify", federation__rounds=4, method__readjust__start=start)
         with pytest.raises(ConfigError, match=r"method.readjust.start: given \d, but federation.rounds is 4"):
             engine.start()
+    engine = make_engine("fedsparsify", federation__rounds=8, method__readjust__frequency=9)
+    with pytest.raises(ConfigError, match=r"method.readjust.frequency: given 9, so that no step comes"):
+        engine.start()
     engine = make_engine("fedsparsify", sparsity__target=0.5, method__readjust__initial=0.6)
     with pytest.raises(ConfigError, match=r"method.readjust.initial: given 0.6, above .* 0.5 \(sparsity.tar"):
         engine.start()

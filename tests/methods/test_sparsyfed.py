@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
+from fedsparse import ConfigError
 from fedsparse.core import activations, masks, optim
 from fedsparse.core.activations import Pruning
 from fedsparse.core.budget import Budget, Layer
@@ -552,3 +553,11 @@ def test_layers_that_are_not_named_stay_plain():
         y = torch.nn.functional.linear(x, weight, bias=None)
     assert torch.equal(torch.autograd.grad(y.sum(), weight)[0], torch.ones(4, 2).T @ x)
     assert activations.layers({"w": weight, "b": torch.zeros(2)}) == ["w"]
+
+
+@pytest.mark.parametrize("swap", ["freeze_policy=pffdst", "readjust=feddst", "readjust=rigl"])
+def test_growth_under_powered_weights_is_refused(make_resolved, swap):
+    """A weight at 0 has gradient 0: it would be budgeted, sent and charged, and never move."""
+    with pytest.raises(ConfigError, match="grows weights at 0, which the local step of PoweredSgd can never"):
+        make_resolved("sparsyfed", [swap])
+    assert make_resolved("sparsyfed", [swap], method__local_step__exponent=1.0).method.name == "sparsyfed"
