@@ -193,6 +193,16 @@ def compose(method: Method) -> Hooks:
                     f"method {method.name}: part {type(part).__name__} works only with {partner} in the slot "
                     f"{slot}, which holds {other}; swap both"
                 )
+        for slot, fields in part.agrees.items():
+            other_part = method.part(slot)
+            shared = [name for name in fields if hasattr(other_part, name)]
+            for name in shared:
+                ours, theirs = getattr(part, name), getattr(other_part, name)
+                if ours != theirs:
+                    raise ConfigError(
+                        f"method {method.name}: {name} is {ours} in {type(part).__name__}, but {theirs} in "
+                        f"the slot {slot}; set both alike"
+                    )
     growing = [type(part).__name__ for part in method.parts() if part.grows]
     if growing and not getattr(method.local_step, "moves_zeros", True):
         raise ConfigError(

@@ -15,7 +15,7 @@ from .compose import compose
 from .contracts import Contracts
 from .errors import RunError
 from .evaluation import evaluate
-from .execution.sequential import Plan, Sequential, Uploads, trainable
+from .execution.sequential import Plan, Sequential, Uploads
 from .ledger import Ledger, Traffic, forward_macs, paper_bytes
 from .loss import Probe
 from .resolve import Resolved
@@ -169,7 +169,7 @@ class Engine:
             clock.round,
             clock.rounds,
         )
-        free = trainable(state.mask, state.frozen)
+        free = masks.movable(state.mask, state.frozen)
         counts = masks.active(free)
         free = {name: m for name, m in free.items() if counts[name] < m.numel()}
         broadcast = state.memory.get("aggregate", {}).get("broadcast", {})

@@ -26,7 +26,8 @@ def sgd(
     """One step of g ← g + λw; v ← μv + g; w ← w - η·v on the trainable entries; others keep their bits.
 
     The momentum buffer `state["momentum"]` covers masked entries too (FedDST code; harmless, because the
-    engine clears it where a client grows and it starts afresh each round). `trainable` lists only tensors with entries that must not move. Returns parameters and state.
+    engine clears it where a client grows, and it starts afresh each round). `trainable` lists only tensors
+    with entries that must not move. Returns parameters and state.
     """
     names = list(params)
     step = _elementwise if is_stacked(grads) or is_stacked(params) else _foreach

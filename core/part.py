@@ -27,6 +27,7 @@ class Part(Component):
     Class attributes that the engine reads, where they apply:
     `budget_promise` — active counts after the part's hook are "exact"ly the budget, "at most" it, or "none";
     `needs` — parts that must fill other slots, {slot: class name}, where this one alone would be wrong;
+    `agrees` — fields that must be as in the part of another slot, {slot: fields}, if that has them;
     `grows` — it activates weights at the value 0, which a local step must then be able to move;
     `moves_zeros` (local_step, a property or class attribute, True by default) — whether it can;
     `site` (readjust) — "client", "server:start" or "server:end" (the default); may be a field;
@@ -36,6 +37,7 @@ class Part(Component):
 
     budget_promise: ClassVar[Promise] = "at most"
     needs: ClassVar[dict[str, str]] = {}
+    agrees: ClassVar[dict[str, tuple[str, ...]]] = {}
     grows: ClassVar[bool] = False
 
     @classmethod

@@ -9,7 +9,7 @@ again; E and A rest while it is frozen. When most scalars are frozen, T_s is hal
 Fidelity: equations as in the released code, with the paper's α = 0.99 and T_s = 0.05 (the code: 0.95, 0.1)
 and a check every 5 synchronisations; rounds are counted, where code and paper count local iterations. Every
 parameter is checked, biases and normalisation too. Our reading, for sparse networks: only active weights can
-be frozen; one that is off the mask forgets its history, so that a regrown weight starts as a fresh one; the
+be frozen; one that is off the mask at a check forgets its history; the
 80 % are of the scalars that exist. Lengths count checks, so "additive increase" adds one check. The paper's
 extension that also freezes scalars at random is not here.
 """
@@ -71,7 +71,8 @@ class FreezeStable(Part):
 
 
 class UnfrozenCost(Part):
-    """Bytes as the paper counts them: 32 bits for each prunable weight that is not frozen, both ways."""
+    """Bytes as the paper counts them: 32 bits both ways for each prunable weight that is not frozen, and
+    for each unmasked parameter."""
 
     @hookimpl
     def paper_bytes(self, traffic: Traffic) -> float:

@@ -4,9 +4,10 @@ With Δ = mean of the uploads - W the server keeps m ← β₁m + (1-β₁)Δ an
 moves W ← W + η·m/(√v + τ).
 
 Fidelity: Algorithm 2 of the paper, without bias correction, v from τ² on; clients are weighted by samples.
-Our reading for moving masks: m and v live on weights that stay and are 0 elsewhere, so they revive nothing
-and move nothing frozen. What FedAvg's aggregation prunes is 0 with its memory; a weight that clients have
-grown enters with its mean as value, not with an adaptive step, and with fresh memory.
+Our reading for moving masks: m and v live on weights that stay (or were drawn anew in the call that dropped
+them), 0 elsewhere, so they revive nothing and move nothing frozen. What FedAvg's aggregation prunes is 0
+with its memory; a weight that clients have grown enters with its mean as value, not with an adaptive step,
+and with fresh memory.
 """
 
 from __future__ import annotations

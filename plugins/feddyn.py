@@ -5,12 +5,12 @@ at its optimum. The server keeps h, the mean of all λ, by h ← h - (α/m)·Σ(
 the uploads minus h/α. Nothing is sent beside the model.
 
 Fidelity: the paper's Algorithm 1; the server keeps -h/α, in which α cancels: α belongs to the clients alone.
-So α → 0 makes the clients FedAvg's, not the server. Our reading: means are weighted by samples, so that
-the objective is FedAvg's (the paper's are unweighted); `federation.momentum` and weight decay act on the
+So α → 0 makes the clients FedAvg's, not the server. Our reading: means are weighted by samples, so that the
+objective is FedAvg's (the paper's are unweighted); `federation.momentum` and weight decay act on the
 regularised gradient. Masks: λ and h are 0 where a weight cannot train; a weight that clients have grown
-enters with its mean as value. h is the mean of the λ to rounding while the mask rests; a client that was
-absent while a weight left the mask and came back still holds its old λ there. Meant for both slots: with
-another mean the clients' λ come to rest at any model.
+enters with its mean as value. h is the mean of the λ to rounding while the mask rests and nothing thaws; a
+client that was absent while a weight left the mask and came back still holds its old λ there. Meant for both
+slots: with another mean the clients' λ come to rest at any model.
 """
 
 from __future__ import annotations

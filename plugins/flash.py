@@ -45,6 +45,7 @@ class AdaptDensities(Part):
     """Clients drop each layer's smallest weights and grow at random where weights are large."""
 
     grows: ClassVar[bool] = True
+    agrees: ClassVar[dict[str, tuple[str, ...]]] = {"aggregate": ("warmup",)}
     budget_promise: ClassVar[Literal["none"]] = "none"  # the total is exact; the layers' shares move
     site: ClassVar[Literal["client"]] = "client"
 

@@ -38,10 +38,15 @@ TIMES = Field(
 )
 
 
-def importance(squares: Scores, times: Times, budget: Budget) -> Scores:
-    """g²/t, with one t a layer."""
+def check(times: Times, budget: Budget) -> None:
+    """Raises ValueError unless there is one time a layer, or none."""
     if times and len(times) != len(budget.layers):
         raise ValueError(f"times has {len(times)} entries for {len(budget.layers)} prunable layers")
+
+
+def importance(squares: Scores, times: Times, budget: Budget) -> Scores:
+    """g²/t, with one t a layer."""
+    check(times, budget)
     costs = times or (1.0,) * len(budget.layers)
     return {layer.name: squares[layer.name] / t for layer, t in zip(budget.layers, costs, strict=True)}
 
@@ -77,6 +82,7 @@ class Reconfigure(Part):
 
     @hookimpl
     def due(self, clock: Clock, budget: Budget) -> bool:
+        check(self.times, budget)  # in round 0, not in the first that is due
         return rewiring.due(clock, self.site, self.period, budget)
 
     @hookimpl

@@ -8,9 +8,10 @@ Fidelity: option II, η_g = 1. c_i is taken as that mean of gradients, summed up
 paper's quotient for its plain SGD, and still a gradient where `federation.momentum`, which acts on the
 corrected gradient, scales the steps. Weight decay counts as part of the gradient. Our reading: model and
 variates are averaged by samples, so that the objective is FedAvg's (the paper's means are unweighted).
-Masks: the correction acts on, and c_i changes at, trainable weights; elsewhere both rest and nothing of
-them is sent, so c stays the mean of the c_i to rounding however masks move. Meant for both slots: with
-another part in one of the two slots the other is FedAvg's.
+Masks: the correction acts on, and c_i changes at, trainable weights; elsewhere both rest and nothing of them
+is sent, so c stays the mean of the c_i to rounding however masks move. Where a client rewires, its c_i
+counts the steps before growth, too, and is that mean only roughly. Meant for both slots: with another part
+in one of the two slots the other is FedAvg's.
 """
 
 from __future__ import annotations

@@ -71,7 +71,10 @@ def _read(setting: str, path: Path, samples: int, part: str) -> Indices:
     try:
         ids: npt.NDArray[np.generic]
         if path.suffix == ".npy":
-            ids = np.load(path, allow_pickle=False)
+            loaded = np.load(path, allow_pickle=False)
+            if not isinstance(loaded, np.ndarray):
+                raise ValueError("an archive of arrays, not one array")
+            ids = loaded
         else:
             ids = np.array(
                 [int(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]

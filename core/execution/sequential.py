@@ -219,7 +219,7 @@ class Sequential:
         client.carry = _cleared(client, moved)
         client.params, client.mask = moved.params, moved.mask
         client.loss = ClientLoss(self.loss, client.mask, state.params)
-        client.trainable = trainable(client.mask, state.frozen)
+        client.trainable = masks.movable(client.mask, state.frozen)
 
     def due(self, clock: Clock, budget: Budget) -> bool:
         """Whether the readjustment runs now."""
@@ -283,12 +283,6 @@ class Sequential:
             if self.contracts:
                 self.contracts.memory(self.hooks.where("client_final"), row)
             state.rows[client.number] = moved_to(row, "cpu")
-
-
-def trainable(mask: Masks, frozen: Masks) -> Masks:
-    """mask & ~frozen, for every parameter that either names."""
-    free = {name: m & ~frozen[name] if name in frozen else m for name, m in mask.items()}
-    return free | {name: ~f for name, f in frozen.items() if name not in mask}
 
 
 def _cleared(client: Client, moved: Readjusted) -> Carry:

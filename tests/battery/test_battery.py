@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fedsparse.core import checkpoint, masks, rng
-from fedsparse.core.execution.sequential import trainable
 from fedsparse.core.loss import ClientLoss
+from fedsparse.core.masks import movable
 from fedsparse.core.registry import Registry
 from fedsparse.core.state import Batch, Carry
 
@@ -115,7 +115,7 @@ def test_client_hooks_under_vmap_equal_the_loop(make_engine, plugin):
                 params=params,
                 carry=carry,
                 batch=batch,
-                trainable=trainable(mask, frozen),
+                trainable=movable(mask, frozen),
                 anchor=anchor,
                 lr=0.05,
                 momentum=0.0,

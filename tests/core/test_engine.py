@@ -743,3 +743,10 @@ def test_parts_that_need_a_partner_are_refused_alone(make_resolved):
         make_resolved("fedavg", ["local_step=feddyn"])
     both = make_resolved("fedavg", ["local_step=feddyn", "aggregate=feddyn"])
     assert both.method.aggregate is not None
+
+
+def test_fields_that_two_slots_share_must_agree(make_resolved):
+    with pytest.raises(ConfigError, match="warmup is 3 in AdaptDensities, but 1 in the slot aggregate"):
+        make_resolved("flash", method__readjust__warmup=3)
+    both = make_resolved("flash", method__readjust__warmup=3, method__aggregate__warmup=3)
+    assert both.method.aggregate.warmup == 3

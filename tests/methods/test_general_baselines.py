@@ -5,8 +5,8 @@ import torch
 
 from fedsparse.core import masks, optim
 from fedsparse.core.budget import Budget, Layer
-from fedsparse.core.execution.sequential import trainable
 from fedsparse.core.loss import ClientLoss
+from fedsparse.core.masks import movable
 from fedsparse.core.state import Batch, Carry
 from fedsparse.plugins.fedadam import AdaptiveServer
 from fedsparse.plugins.fedavg import MaskedSgd, WeightedMean
@@ -316,7 +316,7 @@ def test_moving_masks_and_freezing_are_kept(make_engine, watch, plugin):
             assert not state.params[name][~mask].any()
             assert not (mask & ~torch.stack([c.mask[name] for c in uploaded]).any(0)).any()
         memory = state.memory.get("aggregate", {})
-        free = trainable(state.mask, state.frozen)
+        free = movable(state.mask, state.frozen)
         applied = memory["broadcast"] if plugin == "scaffold" else memory
         assert all(not value[~free[name]].any() for name, value in named(applied) if name in free)
         if any(m.any() for m in state.frozen.values()):
@@ -357,7 +357,7 @@ def test_scaffolds_c_is_the_mean_of_all_rows(make_engine, swaps):
     engine = make_engine("scaffold", swaps, **(MOVING if swaps else {"federation__rounds": 12}))
     state = play(engine)[-1].state
     sizes = {client: len(engine.task.partition.train_of(client)) for client in state.rows}
-    memory, free = state.memory["aggregate"], trainable(state.mask, state.frozen)
+    memory, free = state.memory["aggregate"], movable(state.mask, state.frozen)
     assert set(sizes) == set(range(6))
     for name, p in state.params.items():
         total = sum(n * state.rows[client]["control"][name] for client, n in sizes.items())
@@ -444,7 +444,7 @@ def test_client_hooks_with_rows_under_vmap_equal_the_loop(make_engine, plugin):
     drawn = [engine.task.batches(client, 0, 0) for client in range(3)]
     batches = [[Batch(c[i].inputs.double(), c[i].targets) for c in drawn] for i in range(2)]
     frozen = {n: m & (start.params[n] > 0.1) for n, m in start.mask.items()}
-    free = trainable(start.mask, frozen)
+    free = movable(start.mask, frozen)
 
     def client(row, *both):
         offered = {"params": start.params, "mask": start.mask, "momentum": 0.9, "anchor": start.params}

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fedsparse.core import rng
-from fedsparse.core.execution.sequential import trainable
 from fedsparse.core.hookspecs import SLOTS
 from fedsparse.core.loss import ClientLoss
+from fedsparse.core.masks import movable
 from fedsparse.core.state import Batch, Carry
 
 METHODS = ("fedavg", "feddst", "pffdst")
@@ -102,7 +102,7 @@ def test_local_step_under_vmap_equals_the_loop(make_engine, plugin, model):
                 "params": params,
                 "carry": carry,
                 "batch": batch,
-                "trainable": trainable(mask, frozen),
+                "trainable": movable(mask, frozen),
                 "anchor": state.params,
                 "lr": 0.05,
                 "momentum": federation.momentum,
