@@ -252,6 +252,7 @@ def test_a_call_touches_no_tensor() -> None:
             ledger.train(40, 8)
             ledger.upload(client, QUARTER)
         ledger.end_round()
+    assert ledger.total.upload_bytes > 0  # the clients were charged all the same
 
 
 def test_encode_proves_uploads() -> None:

@@ -318,6 +318,7 @@ def test_invariant_10_and_example_10_3_masked_momentum():
             batch = (tensor(x), y)
             params, carry, _ = part.local_step(SquaredError(), params, carry, batch, mask, 0.1, 0.9, 0.0)
     close(params["w"], [0.820600, 0, 3.731800])
+    assert float(params["w"][1]) == 0.0
 
 
 THREE = [tensor([0.6, 0, 0.9, 0, -0.3]), tensor([0.3, 0.2, 0, 0, 0.6]), tensor([0.3, 0, 0, 0, 0])]
