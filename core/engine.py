@@ -20,7 +20,7 @@ from .ledger import Ledger, Traffic, forward_macs, paper_bytes
 from .loss import Probe
 from .resolve import Resolved
 from .schedule import learning_rate
-from .state import Aggregated, Clock, Frozen, Masks, Readjusted, Report, ServerState
+from .state import Aggregated, Best, Clock, Frozen, Masks, Readjusted, Report, ServerState
 from .task import Task
 
 PROBE_SAMPLES = 256  # behind masks that need gradients at initialisation
@@ -118,6 +118,7 @@ class Engine:
             clock=clock,
             key=self.key("freeze", clock.round),
             memory=state.memory.get("freeze_policy", {}),
+            best=Best(**state.memory["best"]) if "best" in state.memory else None,
         )
         if decided is None:
             return
@@ -125,16 +126,19 @@ class Engine:
             raise self.hooks.where("freeze").breach(
                 f"returned {type(decided).__name__}; expected Frozen or None"
             )
+        params = state.params if decided.params is None else decided.params
         if self.contracts:
             where = self.hooks.where("freeze")
+            self.contracts.parameters(where, params)
             self.contracts.mask(where, decided.mask)
             self.contracts.frozen(where, decided.frozen, decided.mask)
-            self.contracts.values(where, state.params, decided.mask)
+            self.contracts.values(where, params, decided.mask)
             if any(decided.mask[name] is not state.mask[name] for name in state.mask):
                 self.contracts.budget(where, decided.mask, budget, self.hooks.promise("freeze_policy"))
             self.contracts.memory(where, decided.memory)
         none = {name: torch.zeros_like(m) for name, m in decided.mask.items()}
-        state.frozen, state.mask = {**none, **decided.frozen}, decided.mask
+        state.frozen, state.mask, state.params = {**none, **decided.frozen}, decided.mask, params
+        state.buffers = state.buffers if decided.buffers is None else decided.buffers
         state.memory["freeze_policy"] = decided.memory
 
     def readjust(
@@ -251,7 +255,15 @@ class Engine:
         every = self.config.output.evaluate_every
         if (clock.round + 1) % every == 0 or clock.round + 1 == clock.rounds:
             line |= evaluate(self.task, self.loss, state.params, state.buffers, state.mask)
+            self.keep_best(state, line["client_accuracy"])
         return line
+
+    def keep_best(self, state: ServerState, accuracy: float) -> None:
+        """Remembers the evaluated model, if it is the best and the freeze policy may go back to it."""
+        wanted = self.hooks.takes("freeze", "best")
+        if wanted and accuracy > state.memory.get("best", {"accuracy": -1.0})["accuracy"]:
+            best = Best(state.round, accuracy, state.params, state.buffers, state.mask)
+            state.memory["best"] = best._asdict()
 
     def sent(self, state: ServerState) -> Masks:
         """The weights that the global model has: its mask, or its support if that is what is sent."""

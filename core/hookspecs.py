@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .state import (
         Aggregated,
         Batch,
+        Best,
         Carry,
         Clock,
         Frozen,
@@ -141,11 +142,13 @@ class FreezePolicy:
         clock: Clock,
         key: Tensor,
         memory: Memory,
+        best: Best | None,
     ) -> Frozen | None:
         """At the start of every round, on the server; None changes nothing.
 
         `frozen` returned must lie within the mask returned; it may also name unprunable parameters. Newly
-        active weights start at 0. Values never change here.
+        active weights start at 0. Values change only by going back to `best`, the evaluated model of best
+        accuracy so far (None before the first evaluation), which is kept if a part asks for it.
         """
 
 

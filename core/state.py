@@ -59,12 +59,27 @@ class Stepped(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+class Best(NamedTuple):
+    """The evaluated global model of best `client_accuracy` so far."""
+
+    round: int
+    accuracy: float
+    params: Params
+    buffers: Params
+    mask: Masks
+
+
 class Frozen(NamedTuple):
-    """Result of `freeze`: what may no longer change, the mask with it (growth), the part's memory."""
+    """Result of `freeze`: what may no longer change, the mask with it (growth), the part's memory.
+
+    `params` and `buffers` replace the global model's if given: a freeze policy that goes back to `best`.
+    """
 
     frozen: Masks
     mask: Masks
     memory: Memory
+    params: Params | None = None
+    buffers: Params | None = None
 
 
 class Readjusted(NamedTuple):

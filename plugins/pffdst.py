@@ -14,10 +14,12 @@ code's ties: new weights that are still 0 are switched off, and the density leak
 s1, not the target: its README's 0.95 is `sparsity.target` = 2·0.95 - 1 = 0.9. The README's command lines are
 "released"; which schedule the published accuracies come from is not established.
 
-No hook can express the rest of the code: it freezes the network of the best *test* accuracy so far and rolls
-everything back to it, while evaluation does not feed back here, so that both variants freeze the current
-network. It samples clients with replacement: `federation.replacement`. f·n is not truncated in floating point
-(38,399 for 38,400 in the code), and no client is weighted by batches unless `aggregate.batch_size` says so.
+`variant = "released"` of FreezeHalf freezes the network of the best *test* accuracy so far, all of its mask,
+and rolls the run back to it; one that was best inside the window is denser than half A, and so is what
+follows. Test data then decide on training: use it to repeat the code, not to compare methods. The paper
+does not say which network it freezes; "paper" takes the current one. The code samples clients with
+replacement: `federation.replacement`. f·n is not truncated in floating point (38,399 for 38,400 in the code),
+and no client is weighted by batches unless `aggregate.batch_size` says so.
 """
 
 from __future__ import annotations
@@ -30,12 +32,13 @@ from torch import Tensor
 
 from ..core import masks
 from ..core.budget import Budget
+from ..core.errors import RunError
 from ..core.hookspecs import hookimpl
 from ..core.ledger import Traffic
 from ..core.method import Method
 from ..core.part import Part
 from ..core.schedule import share
-from ..core.state import Clock, Frozen, Masks, Memory, Params, Readjusted
+from ..core.state import Best, Clock, Frozen, Masks, Memory, Params, Readjusted
 from .feddst import MaskedMean
 
 
@@ -45,6 +48,10 @@ class FreezeHalf(Part):
     grows: ClassVar[bool] = True
     budget_promise: ClassVar[Literal["none"]] = "none"  # growth is uniform; the round's pruning reconciles
 
+    variant: Literal["paper", "released"] = Field(
+        "paper",
+        description="'released': goes back to the network of best test accuracy and freezes all of it",
+    )
     at: float = Field(
         0.5,
         gt=0,
@@ -74,11 +81,21 @@ class FreezeHalf(Part):
         clock: Clock,
         key: Tensor,
         memory: Memory,
+        best: Best | None,
     ) -> Frozen | None:
         if clock.round != self.freeze_round(clock):
             return None
-        # the network of half A; a swapped readjustment can have left the mask denser than that
-        frozen = dict(masks.prune_smallest(params, mask, budget.at((1 + target) / 2)))
+        buffers = None
+        if self.variant == "released":
+            if best is None:
+                raise RunError(
+                    f"no evaluation before round {clock.round}, in which the best network is to be frozen; "
+                    'evaluate earlier by output.evaluate_every, or set method.freeze_policy.variant = "paper"'
+                )
+            params, mask, buffers = best.params, best.mask, best.buffers
+            frozen = dict(mask)
+        else:  # the network of half A; a swapped readjustment can have left the mask denser than that
+            frozen = dict(masks.prune_smallest(params, mask, budget.at((1 + target) / 2)))
         if self.freeze_scales:
             scales = {
                 n: p for n, p in params.items() if n.endswith("weight") and n not in mask and p.dim() == 1
@@ -88,7 +105,7 @@ class FreezeHalf(Part):
         grown = {layer.name: share(layer.weights, 1 - budget.sparsity - half_a) for layer in budget.layers}
         moved = masks.grow_random(mask, grown, key)
         # under other allocations than "scaled" a uniform growth can miss a layer's final budget
-        return Frozen(frozen, masks.fill_random(moved, budget.at(target), key), memory)
+        return Frozen(frozen, masks.fill_random(moved, budget.at(target), key), memory, params, buffers)
 
 
 class ServerReadjust(Part):

@@ -56,7 +56,7 @@ def test_example_10_2_freeze():
     """|F| = 4, g = int(12·0.5333) = 6 of the 8 free positions."""
     closed, s = at(0, 3, 5, 6), 1 / 3  # 1 - s1 = 1/3, so s = 1/3
     part, values = FreezeHalf(), {"w": W * closed}
-    decided = part.freeze(values, {"w": closed}, s, budget(s - 0.2), Clock(5, 10), rng.key(0), {})
+    decided = part.freeze(values, {"w": closed}, s, budget(s - 0.2), Clock(5, 10), rng.key(0), {}, None)
     assert torch.equal(decided.frozen["w"], closed)
     assert int(decided.mask["w"].sum()) == 10
     assert not (closed & ~decided.mask["w"]).any()
@@ -375,7 +375,7 @@ def test_invariant_17_growth_follows_the_key():
     mask = {"w": torch.eye(30, 40, dtype=torch.bool)}
     big = Budget((Layer("w", (30, 40)),), "scaled", 0.55)
     grown = [
-        FreezeHalf().freeze({}, mask, 0.6, big, Clock(5, 10), rng.key(seed, "freeze"), {}).mask["w"]
+        FreezeHalf().freeze({}, mask, 0.6, big, Clock(5, 10), rng.key(seed, "freeze"), {}, None).mask["w"]
         for seed in (0, 0, 1)
     ]
     assert torch.equal(grown[0], grown[1])

@@ -11,6 +11,7 @@ import torch
 
 from fedsparse.core import masks, rng
 from fedsparse.core.budget import Budget, Layer
+from fedsparse.core.errors import RunError
 from fedsparse.core.resolve import resolve
 from fedsparse.core.state import Clock
 from fedsparse.plugins.feddst import MaskedMean, Regrow
@@ -384,6 +385,51 @@ def test_pffdst_shipped_half_b_rewires_nothing(runs):
     for before, after in itertools.pairwise(reports[40:]):
         grown = {n: after.state.mask[n] & ~m for n, m in before.state.mask.items()}
         assert total(grown) == 0
+
+
+def best_so_far(make_engine, **changes):
+    """Reports of a released run with its freezing source, evaluated every other round; T_F = 8 of 16."""
+    changes |= {"federation__rounds": 16, "output__evaluate_every": 2, "sparsity__target": 0.9}
+    engine = make_engine("pffdst", **PFFDST, method__freeze_policy__variant="released", **changes)
+    return engine, list(engine.rounds(engine.start()))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_pffdst_quirk_9_4_freezes_the_network_of_best_test_accuracy(make_engine, monkeypatch, seed):
+    """Document 3.4: the whole state goes back to it, and all of its mask is frozen."""
+    accuracies = iter([0.2, 0.6, 0.6, 0.3, *[0.9] * 4])  # rounds 1, 3, 5, 7 and on: the best is round 3
+    measured = {"test_accuracy": 0.0, "test_loss": 0.0}
+    monkeypatch.setattr(
+        "fedsparse.core.engine.evaluate", lambda *_: measured | {"client_accuracy": next(accuracies)}
+    )
+    engine, reports = best_so_far(make_engine, seed=seed, task__model__hidden=[30, 20])
+    source, frozen = reports[3].state, reports[8].state.frozen
+    assert all(torch.equal(frozen[name], m) for name, m in source.mask.items())
+    for report in reports[8:]:
+        for name, still in frozen.items():
+            assert torch.equal(report.state.params[name][still], source.params[name][still])
+    # rounds 0 to 3 lie in the first window: denser than half A, and so is what is frozen
+    assert total(source.mask) > engine.budget(engine.clock(8)).at(0.95).total
+
+
+def test_pffdst_going_back_needs_an_evaluation(make_engine):
+    engine = make_engine(
+        "pffdst",
+        federation__rounds=8,
+        output__evaluate_every=5,
+        method__freeze_policy__variant="released",
+    )
+    with pytest.raises(RunError, match=r"round 4.*output\.evaluate_every"):
+        list(engine.rounds(engine.start()))
+
+
+def test_pffdst_paper_freezes_the_current_network(make_engine):
+    engine = make_engine("pffdst", federation__rounds=8, output__evaluate_every=1)
+    reports = list(engine.rounds(engine.start()))
+    last, frozen = reports[3].state, reports[4].state.frozen
+    assert not any((frozen[name] & ~m).any() for name, m in last.mask.items())
+    for name, still in frozen.items():
+        assert torch.equal(reports[4].state.params[name][still], last.params[name][still])
 
 
 # presets
