@@ -191,6 +191,11 @@ def movable(mask: Masks, frozen: Masks) -> Masks:
     return free | {name: ~f for name, f in frozen.items() if name not in mask}
 
 
+def steady(mask: Masks, kept: Masks, frozen: Masks) -> Masks:
+    """Where a server may move a value on: weights there before and after its round, and not frozen."""
+    return movable({name: m & kept[name] for name, m in mask.items()}, frozen)
+
+
 def largest_with_ties(params: Params, mask: Masks, count: int, frozen: Masks | None = None) -> Masks:
     """The active weights no smaller than the `count`-th largest magnitude of the whole network.
 

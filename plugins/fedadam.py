@@ -4,10 +4,10 @@ With Δ = mean of the uploads - W the server keeps m ← β₁m + (1-β₁)Δ an
 moves W ← W + η·m/(√v + τ).
 
 Fidelity: Algorithm 2 of the paper, without bias correction, v from τ² on; clients are weighted by samples.
-Our reading for moving masks: m and v live on weights that stay (or were drawn anew in the call that dropped
-them), 0 elsewhere, so they revive nothing and move nothing frozen. What FedAvg's aggregation prunes is 0
-with its memory; a weight that clients have grown enters with its mean as value, not with an adaptive step,
-and with fresh memory.
+Our reading for moving masks: m and v live on weights that stay, 0 elsewhere, so they revive nothing and move
+nothing frozen; they start afresh where the model is 0, which tells a weight that the server has drawn anew,
+be it in the call that dropped it. What FedAvg's aggregation prunes is 0 with its memory; a weight that
+clients have grown enters with its mean as value, not with an adaptive step, and with fresh memory.
 """
 
 from __future__ import annotations
@@ -55,8 +55,11 @@ class AdaptiveServer(Part):
         self, sums: Sums, params: Params, mask: Masks, frozen: Masks, budget: Budget, memory: Memory
     ) -> Aggregated:
         mean, kept, _ = WeightedMean().aggregate(sums, params, mask, frozen, budget, {})
-        steady = masks.movable({name: m & kept[name] for name, m in mask.items()}, frozen)
-        first, second = (memory.get(name, optim.zeros(params)) for name in ("first", "second"))
+        steady = masks.steady(mask, kept, frozen)
+        begun = masks.support(params, steady)
+        first, second = (
+            masks.apply(memory.get(name, optim.zeros(params)), begun) for name in ("first", "second")
+        )
         delta = {name: p - params[name] for name, p in mean.items()}
         first = {name: self.beta1 * first[name] + (1 - self.beta1) * d for name, d in delta.items()}
         second = {name: self.second_moment(second[name], d) for name, d in delta.items()}

@@ -4,10 +4,10 @@ With Δ = mean of the uploads - W the server keeps v ← βv + Δ and moves W �
 
 Fidelity: the paper's equations, as W ← mean + β·v, which is the same and is FedAvg to the bit at β = 0. The
 FedDST paper's "FedAvgM" has no server momentum; it is FedAvg with `federation.momentum`. Our reading for
-moving masks: v lives on weights that stay (or were drawn anew in the call that dropped them), so it revives
-nothing and moves nothing frozen. What FedAvg's aggregation prunes takes v = 0 and the value 0 with it; a
-weight that clients have grown enters with its mean as value and v = 0, because a starting value is not a
-step; Δ counts from the next round on.
+moving masks: v lives on weights that stay, so it revives nothing and moves nothing frozen; it starts at 0
+where the model is 0, which tells a weight that the server has drawn anew, be it in the call that dropped it.
+What FedAvg's aggregation prunes takes v = 0 and the value 0 with it; a weight that clients have grown enters
+with its mean as value and v = 0, because a starting value is not a step; Δ counts from the next round on.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class ServerMomentum(Part):
         self, sums: Sums, params: Params, mask: Masks, frozen: Masks, budget: Budget, memory: Memory
     ) -> Aggregated:
         mean, kept, _ = WeightedMean().aggregate(sums, params, mask, frozen, budget, {})
-        steady = masks.movable({name: m & kept[name] for name, m in mask.items()}, frozen)
-        velocity = masks.apply(memory.get("velocity", optim.zeros(params)), steady)
+        steady = masks.steady(mask, kept, frozen)
+        velocity = masks.apply(memory.get("velocity", optim.zeros(params)), masks.support(params, steady))
         moved = {name: p + self.beta * velocity[name] for name, p in mean.items()}
         velocity = masks.apply({name: p - params[name] for name, p in moved.items()}, steady)
         return Aggregated(moved, kept, {"velocity": velocity})

@@ -7,10 +7,11 @@ the uploads minus h/α. Nothing is sent beside the model.
 Fidelity: the paper's Algorithm 1; the server keeps -h/α, in which α cancels: α belongs to the clients alone.
 So α → 0 makes the clients FedAvg's, not the server. Our reading: means are weighted by samples, so that the
 objective is FedAvg's (the paper's are unweighted); `federation.momentum` and weight decay act on the
-regularised gradient. Masks: λ and h are 0 where a weight cannot train; a weight that clients have grown
-enters with its mean as value. h is the mean of the λ to rounding while the mask rests and nothing thaws; a
-client that was absent while a weight left the mask and came back still holds its old λ there. Meant for both
-slots: with another mean the clients' λ come to rest at any model.
+regularised gradient. Masks: λ and h rest where a weight is frozen and are 0 off the mask; both start at 0
+where a weight is 0, which tells that the server has drawn it anew, and h also where clients have grown a
+weight, which enters with its mean as value. h is the mean of the λ to rounding while the mask rests, also
+after a thaw; a client that was absent while a weight left the mask and came back still holds its old λ there.
+Meant for both slots: with another mean the clients' λ come to rest at any model.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ from ..core.state import Aggregated, Batch, Carry, Masks, Memory, Params, Steppe
 from .fedavg import MaskedSgd, WeightedMean
 
 
+def begun(memory: Params, params: Params, mask: Masks) -> Params:
+    """λ or h at the start of a round: 0 at weights that are off the mask or have only just been drawn."""
+    return masks.apply(memory, masks.support(params, mask))
+
+
 class DynamicSgd(Part):
     """Masked SGD on the loss with the dynamic regulariser."""
 
@@ -38,9 +44,9 @@ class DynamicSgd(Part):
     alpha: float = Field(0.1, gt=0, description="α: weight of the regulariser")
 
     @hookimpl
-    def client_init(self, params: Params, momentum: float, memory: Memory) -> dict[str, Params]:
+    def client_init(self, params: Params, mask: Masks, momentum: float, memory: Memory) -> dict[str, Params]:
         state = MaskedSgd().client_init(params, momentum)
-        return state | {"dual": memory.get("dual", optim.zeros(params))}
+        return state | {"dual": begun(memory.get("dual", optim.zeros(params)), params, mask)}
 
     @hookimpl
     def local_step(
@@ -58,9 +64,9 @@ class DynamicSgd(Part):
         dual = state["dual"]  # λ - α(θ - θ_t), of which both regularising terms are the gradient
         grads = {name: g - dual[name] for name, g in grads.items()}
         moved, state = optim.sgd(params, grads, state, trainable, lr, momentum, weight_decay)
+        # what cannot move keeps its λ: frozen; or 0, off the mask, where the engine clears what is dropped
         dual = {name: d - self.alpha * (moved[name] - params[name]) for name, d in dual.items()}
-        state = {**state, "dual": masks.apply(dual, trainable)}
-        return Stepped(moved, Carry(buffers, state), {"loss": value})
+        return Stepped(moved, Carry(buffers, {**state, "dual": dual}), {"loss": value})
 
     @hookimpl
     def client_final(self, carry: Carry) -> Memory:
@@ -92,9 +98,9 @@ class DynamicMean(Part):
         mean, kept, _ = WeightedMean().aggregate(sums, params, mask, frozen, budget, {})
         if not any(name.startswith("moved/") for name in sums):
             return Aggregated(mean, kept, {})
-        steady = masks.movable({name: m & kept[name] for name, m in mask.items()}, frozen)
-        drift = memory.get("drift", optim.zeros(params))
-        drift = masks.apply({name: d + sums[f"moved/{name}"] for name, d in drift.items()}, steady)
+        drift = begun(memory.get("drift", optim.zeros(params)), params, mask)
+        stays = {name: m & kept[name] for name, m in mask.items()}
+        drift = masks.apply({name: d + sums[f"moved/{name}"] for name, d in drift.items()}, stays)
         shifted = {name: p + drift[name] / pool_samples for name, p in mean.items()}
         return Aggregated(shifted, kept, {"drift": drift})
 

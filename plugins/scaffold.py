@@ -9,9 +9,9 @@ paper's quotient for its plain SGD, and still a gradient where `federation.momen
 corrected gradient, scales the steps. Weight decay counts as part of the gradient. Our reading: model and
 variates are averaged by samples, so that the objective is FedAvg's (the paper's means are unweighted).
 Masks: the correction acts on, and c_i changes at, trainable weights; elsewhere both rest and nothing of them
-is sent, so c stays the mean of the c_i to rounding however masks move. Where a client rewires, its c_i
-counts the steps before growth, too, and is that mean only roughly. Meant for both slots: with another part
-in one of the two slots the other is FedAvg's.
+is sent, so c stays the mean of the c_i to rounding however masks move. A weight that the client itself has
+(re)grown takes its steps since then: uncorrected in that round, c_i⁺ the mean of their g; one without a step
+keeps c_i. Meant for both slots: with another part in one of the two slots the other is FedAvg's.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from .fedavg import MaskedSgd, WeightedMean
 
 
 def change(state: dict[str, Params]) -> Params:
-    """c_i⁺ - c_i: the mean of g - c_i over the client's steps."""
-    return {name: total / state["steps"]["taken"].clamp(min=1) for name, total in state["change"].items()}
+    """c_i⁺ - c_i: the mean of g - c_i over each weight's own steps, 0 without any."""
+    means = {name: total / state["steps"][name] for name, total in state["gradients"].items()}
+    moved = {name: mean - state["control"][name][0] for name, mean in means.items()}
+    return masks.apply(moved, {name: count > 0 for name, count in state["steps"].items()})
 
 
 class ControlledSgd(Part):
@@ -38,16 +40,19 @@ class ControlledSgd(Part):
 
     @hookimpl
     def client_init(
-        self, params: Params, momentum: float, broadcast: Params, memory: Memory
+        self, params: Params, mask: Masks, momentum: float, broadcast: Params, memory: Memory
     ) -> dict[str, Params]:
         own = memory.get("control", optim.zeros(params))
+        # without a server that sends c there is nothing to correct towards
+        correction = {name: broadcast.get(f"control/{name}", c) - c for name, c in own.items()}
         return {
             **MaskedSgd().client_init(params, momentum),
-            "own": own,
-            # without a server that sends c there is nothing to correct towards
-            "correction": {name: broadcast.get(f"control/{name}", c) - c for name, c in own.items()},
-            "change": optim.zeros(params),
-            "steps": {"taken": next(iter(params.values())).new_zeros(())},
+            "correction": masks.apply(correction, mask),
+            # Σg and the steps behind it: shaped as weights, so that the engine clears what is rewired
+            "gradients": optim.zeros(params),
+            "steps": optim.zeros(params),
+            # c_i: of another shape, so that it stays
+            "control": {name: c.unsqueeze(0) for name, c in own.items()},
         }
 
     @hookimpl
@@ -64,18 +69,17 @@ class ControlledSgd(Part):
     ) -> Stepped:
         value, grads, (buffers, state) = loss.value_and_grad(params, carry, batch)
         grads = {name: g + weight_decay * params[name] for name, g in grads.items()}
-        total = {name: state["change"][name] + g - state["own"][name] for name, g in grads.items()}
+        total = {name: state["gradients"][name] + g for name, g in grads.items()}
+        steps = {name: count + trainable.get(name, 1) for name, count in state["steps"].items()}
         corrected = {name: g + state["correction"][name] for name, g in grads.items()}
         params, state = optim.sgd(params, corrected, state, trainable, lr, momentum)
-        steps = {"taken": state["steps"]["taken"] + 1}
-        state = {**state, "change": masks.apply(total, trainable), "steps": steps}
+        state = {**state, "gradients": total, "steps": steps}
         return Stepped(params, Carry(buffers, state), {"loss": value})
 
     @hookimpl
-    def client_final(self, carry: Carry, memory: Memory) -> Memory:
-        moved = change(carry.state)
-        # the row and not `own`, which the engine clears where the client rewires
-        return {"control": {n: memory["control"][n] + d if memory else d for n, d in moved.items()}}
+    def client_final(self, carry: Carry) -> Memory:
+        own = carry.state["control"]
+        return {"control": {name: own[name][0] + d for name, d in change(carry.state).items()}}
 
 
 class ControlledMean(Part):
@@ -84,7 +88,7 @@ class ControlledMean(Part):
     @hookimpl
     def contribute(self, params: Params, mask: Masks, weight: Tensor, carry: Carry) -> Sums:
         sums = WeightedMean().contribute(params, mask, weight)
-        if "change" not in carry.state:
+        if "control" not in carry.state:
             return sums
         return sums | {f"extra/{name}": weight * d for name, d in change(carry.state).items()}
 
@@ -104,9 +108,8 @@ class ControlledMean(Part):
             return made
         total = memory.get("control", optim.zeros(params))
         total = {name: c + sums[f"extra/{name}"] for name, c in total.items()}
-        mean = {name: c / pool_samples for name, c in total.items()}
-        mean = masks.apply(mean, masks.movable(made.mask, frozen))
-        broadcast = {f"control/{name}": c for name, c in mean.items()}
+        # clients get, and pay for, what trains next round, which may be more than now
+        broadcast = {f"control/{name}": c / pool_samples for name, c in total.items()}
         return made._replace(memory={"control": total, "broadcast": broadcast})
 
 

@@ -304,7 +304,10 @@ def named(tree):
 
 @pytest.mark.parametrize("plugin", ["fedprox", *SERVERS])
 def test_moving_masks_and_freezing_are_kept(make_engine, watch, plugin):
-    """Zero off the mask, no revival, the budget, frozen weights to the bit; memory where weights move."""
+    """Zero off the mask, no revival, the budget, frozen weights to the bit; memory where weights can move.
+
+    FedDyn's rests where they are frozen; SCAFFOLD's rests wherever it is not used.
+    """
     engine = make_engine(plugin, ["readjust=feddst", "freeze_policy=pffdst"], **MOVING)
     watched, moved, held = watch(engine), 0, None
     for report in engine.rounds(engine.start()):
@@ -316,9 +319,14 @@ def test_moving_masks_and_freezing_are_kept(make_engine, watch, plugin):
             assert not state.params[name][~mask].any()
             assert not (mask & ~torch.stack([c.mask[name] for c in uploaded]).any(0)).any()
         memory = state.memory.get("aggregate", {})
-        free = movable(state.mask, state.frozen)
-        applied = memory["broadcast"] if plugin == "scaffold" else memory
-        assert all(not value[~free[name]].any() for name, value in named(applied) if name in free)
+        if plugin == "scaffold":
+            for client in uploaded:
+                kept = client.carry.state
+                assert all(not kept["correction"][name][~m].any() for name, m in client.mask.items())
+                assert all(not kept["steps"][name][~free].any() for name, free in client.trainable.items())
+        else:
+            free = state.mask if plugin == "feddyn" else movable(state.mask, state.frozen)
+            assert all(not value[~free[name]].any() for name, value in named(memory) if name in free)
         if any(m.any() for m in state.frozen.values()):
             held = held or state.params
             assert all(torch.equal(held[n][m], state.params[n][m]) for n, m in state.frozen.items())
@@ -329,7 +337,7 @@ def test_moving_masks_and_freezing_are_kept(make_engine, watch, plugin):
 
 @pytest.mark.parametrize("part", [ServerMomentum(), AdaptiveServer(), DynamicMean()])
 def test_server_optimisers_at_weights_that_come_go_or_are_frozen(part):
-    """Grown: the mean's value and no memory; pruned: 0 and no memory; frozen: no memory; else the rule."""
+    """Grown: the mean's value and no memory; pruned: 0 and none; frozen: FedDyn's rests; else the rule."""
     budget = Budget((Layer("w", (4,)),), "uniform", 0.25)
     mask = {"w": torch.tensor([True, True, True, False])}
     frozen = {"w": torch.tensor([False, False, True, False])}
@@ -348,7 +356,51 @@ def test_server_optimisers_at_weights_that_come_go_or_are_frozen(part):
     assert float(made.params["w"][0]) > 0.95  # carried by memory, against the upload
     left = [value["w"] for value in made.memory.values() if isinstance(value, dict)]
     assert left
-    assert all(value[0] != 0 and not value[1:].any() for value in left)
+    at_rest = 1.0 if isinstance(part, DynamicMean) else 0.0
+    assert all(value[0] != 0 and value[1:].tolist() == [0, at_rest, 0] for value in left)
+
+
+@pytest.mark.parametrize("part", [ServerMomentum(), AdaptiveServer(), DynamicMean()])
+def test_a_weight_that_was_dropped_and_redrawn_has_no_memory(part):
+    """It is in the mask before and after, at 0: memory starts as that of a weight that is new."""
+    params, upload = pair(0.0, 0.5), pair(0.3, 0.4)
+    offered = {"params": upload, "mask": BOTH, "anchor": params, "weight": torch.tensor(2.0)}
+    sums = call(part.contribute, **offered, carry=Carry({}, {"dual": optim.zeros(params)}))
+    ends = []
+    for value in (0.0, 7.0):
+        kept = dict.fromkeys(("velocity", "first", "second", "drift"), pair(value, 7.0))
+        ends.append(aggregate(part, sums, params, BOTH, NEITHER, PAIR, 2, kept))
+    fresh, old = ends
+    assert torch.equal(old.params["w"], fresh.params["w"])
+    assert all(same(memory, fresh.memory[kind]) for kind, memory in old.memory.items())
+    assert all(memory["w"].all() for memory in old.memory.values())  # how it moved this time is kept
+
+
+@pytest.mark.parametrize("plugin", ["fedavgm", "fedadam"])
+def test_server_optimisers_start_afresh_where_the_server_redraws(make_engine, watch, plugin):
+    """A network that SET rewires at the start of every round; weights that it drops and draws in one go."""
+    engine = make_engine(plugin, ["readjust=set"], **{"federation__rounds": 8, "method__readjust__period": 1})
+    watched, redrawn, state = watch(engine), 0, engine.start()
+    for report in engine.rounds(state):
+        before, state, cohort = state, report.state, report.metrics["clients"]
+        params, mask, _ = watched.downloads[-1]
+        uploads = [client for round_, client in watched.uploads if round_ == report.metrics["round"]]
+        sizes = [len(engine.task.partition.train_of(number)) for number in cohort]
+        for name, m in mask.items():
+            mean = sum(n * c.params[name] for n, c in zip(sizes, uploads, strict=True)) / sum(sizes)
+            again = (
+                m & before.mask[name] & state.mask[name] & (before.params[name] != 0) & (params[name] == 0)
+            )
+            redrawn += int(again.sum())
+            step = mean if plugin == "fedavgm" else fresh_adam_step(mean)
+            torch.testing.assert_close(state.params[name][again], step[again])
+    assert redrawn > 10
+
+
+def fresh_adam_step(delta, rate=0.01, beta1=0.9, beta2=0.99, tau=1e-3):
+    """η·m/(√v + τ) of a weight's first round."""
+    second = beta2 * tau**2 + (1 - beta2) * delta.square()
+    return rate * (1 - beta1) * delta / (second.sqrt() + tau)
 
 
 @pytest.mark.parametrize("swaps", [(), ("readjust=feddst", "freeze_policy=pffdst")])
@@ -357,18 +409,120 @@ def test_scaffolds_c_is_the_mean_of_all_rows(make_engine, swaps):
     engine = make_engine("scaffold", swaps, **(MOVING if swaps else {"federation__rounds": 12}))
     state = play(engine)[-1].state
     sizes = {client: len(engine.task.partition.train_of(client)) for client in state.rows}
-    memory, free = state.memory["aggregate"], movable(state.mask, state.frozen)
+    memory = state.memory["aggregate"]
     assert set(sizes) == set(range(6))
     for name, p in state.params.items():
         total = sum(n * state.rows[client]["control"][name] for client, n in sizes.items())
         # sums of float32 over twelve rounds
         torch.testing.assert_close(memory["control"][name], total, atol=1e-4, rtol=1e-4)
         mean = total / sum(sizes.values())
-        mean = torch.where(free[name], mean, 0.0) if name in free else mean
         torch.testing.assert_close(memory["broadcast"][f"control/{name}"], mean, atol=1e-5, rtol=1e-4)
         assert mean.any() or p.numel() < 2
         if not swaps and name in state.mask:  # a mask that rests: nothing ever was off it
             assert all(not row["control"][name][~state.mask[name]].any() for row in state.rows.values())
+
+
+REWIRED = {"federation__rounds": 6, "federation__local_epochs": 3, "method__readjust__period": 1}
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_scaffolds_rows_are_means_since_growth_where_clients_rewire(make_engine, momentum):
+    """SET on clients, before the last of three epochs: each c_i recomputed from the steps' gradients."""
+    changes = {**REWIRED, "federation__momentum": momentum, "method__readjust__site": "client"}
+    engine = make_engine("scaffold", ["readjust=set"], **changes)
+    executor, decay = engine.executor, engine.config.federation.weight_decay
+    download, step, trail = executor.download, executor.step, []
+
+    def watched_download(plan, number):
+        trail.append((number, plan.state.mask, []))
+        return download(plan, number)
+
+    def watched_step(expected, place=None, /, **offered):
+        params = offered["params"]
+        _, grads, _ = offered["loss"].value_and_grad(params, offered["carry"], offered["batch"])
+        stepped = step(expected, place, **offered)
+        grads = {name: g + decay * params[name] for name, g in grads.items()}
+        trail[-1][2].append((offered["loss"].mask, params, grads, stepped.params))
+        return stepped
+
+    executor.download, executor.step = watched_download, watched_step
+    rows, sizes, fewer = {}, {}, 0
+    for report in engine.rounds(engine.start()):
+        for number, mask, steps in trail:
+            sizes[number] = len(engine.task.partition.train_of(number))
+            row = rows.setdefault(number, optim.zeros(report.state.params))
+            for name, old in row.items():
+                total, count, was, left = 0 * old, 0 * old, mask.get(name), steps[0][1][name]
+                for own, params, grads, moved in steps:
+                    if was is not None:
+                        restarted = (own[name] != was) | (params[name] != left)
+                        total, count = total.masked_fill(restarted, 0), count.masked_fill(restarted, 0)
+                        was = own[name]
+                    trained = torch.ones_like(old) if was is None else was
+                    total, count, left = total + grads[name] * trained, count + trained, moved[name]
+                fewer += int(((count > 0) & (count < len(steps))).sum())
+                row[name] = torch.where(count > 0, total / count, old)
+                torch.testing.assert_close(report.state.rows[number]["control"][name], row[name])
+        trail.clear()
+        control = report.state.memory["aggregate"]["control"]
+        for name, total in control.items():
+            expected = sum(n * rows[number][name] for number, n in sizes.items())
+            torch.testing.assert_close(total, expected, atol=1e-4, rtol=1e-4)  # float32 sums, 40 a client
+    assert fewer > 100
+
+
+OSCILLATING = {
+    "federation__rounds": 12,
+    "method__freeze_policy__period": 1,
+    "method__freeze_policy__alpha": 0.5,
+    "method__freeze_policy__threshold": 0.6,
+}
+"""APF that freezes and thaws within a few rounds."""
+
+
+def thaws(engine, at_least):
+    """Plays the engine; its last state, once weights were frozen in an earlier round and are not now."""
+    ever, thawed, state = {}, 0, engine.start()
+    for report in engine.rounds(state):
+        state = report.state
+        for name, frozen in state.frozen.items():
+            ever[name] = ever.get(name, frozen) | frozen
+            thawed += int((ever[name] & ~frozen).sum())
+    assert thawed > at_least
+    return state
+
+
+@pytest.mark.parametrize(
+    ("swap", "changes"),
+    [("readjust=set", REWIRED), ("freeze_policy=apf", OSCILLATING)],
+    ids=["grown", "thawed"],
+)
+def test_scaffold_corrects_by_the_mean_of_all_rows_where_weights_train(make_engine, watch, swap, changes):
+    """Also at weights that the server has grown, or thawed, at the start of the round."""
+    engine = make_engine("scaffold", [swap], **changes)
+    watched, pool, state = watch(engine), len(engine.task.partition.train_indices), engine.start()
+    for report in engine.rounds(state):
+        before, state = state, report.state
+        for _, _, client in watched.downloads[-3:]:
+            for name, correction in client.carry.state["correction"].items():
+                rows = {number: row["control"][name] for number, row in before.rows.items()}
+                mean = sum(len(engine.task.partition.train_of(n)) * row for n, row in rows.items()) / pool
+                expected = mean - rows.get(client.number, 0) + torch.zeros_like(correction)
+                free = client.trainable.get(name, torch.ones_like(correction, dtype=torch.bool))
+                torch.testing.assert_close(correction[free], expected[free], atol=1e-5, rtol=1e-4)
+                assert name not in state.mask or not correction[~client.mask[name]].any()
+
+
+def test_feddyns_h_is_the_mean_of_all_rows_after_weights_have_thawed(make_engine):
+    """Frozen for some rounds, with clients away: λ and h rest."""
+    engine = make_engine("feddyn", ["freeze_policy=apf"], method__local_step__alpha=0.2, **OSCILLATING)
+    state = thaws(engine, 100)
+    for name, drift in state.memory["aggregate"]["drift"].items():
+        sizes = {client: len(engine.task.partition.train_of(client)) for client in state.rows}
+        total = sum(n * state.rows[client]["dual"][name] for client, n in sizes.items())
+        torch.testing.assert_close(-0.2 * drift, total, atol=1e-4, rtol=1e-4)  # float32 sums, 40 a client
+        assert total.any()
+        assert name not in state.mask or not total[~state.mask[name]].any()
 
 
 def test_feddyns_h_is_the_mean_of_all_rows(make_engine):
@@ -389,16 +543,19 @@ def test_feddyns_h_is_the_mean_of_all_rows(make_engine):
             assert total.any()
 
 
-def test_feddyns_rows_are_zero_where_nothing_trains(make_engine, watch):
-    """Rewired on the client, frozen by the server: λ of the round's clients lives on trainable weights."""
+def test_feddyns_rows_are_zero_off_the_mask_and_rest_where_frozen(make_engine, watch):
+    """Rewired on the client, frozen by the server."""
     engine = make_engine("feddyn", ["readjust=feddst", "freeze_policy=pffdst"], **MOVING)
-    watched = watch(engine)
-    state = play(engine)[-1].state
-    last = [client for round_, client in watched.uploads if round_ == 11]
-    for client in last:
-        row = state.rows[client.number]["dual"]
-        assert all(not row[name][~free].any() for name, free in client.trainable.items())
-        assert any(row[name].any() for name in client.trainable)
+    watched, rested = watch(engine), 0
+    *_, before, last = (report.state for report in play(engine))
+    for client in [client for round_, client in watched.uploads if round_ == 11]:
+        row, old = last.rows[client.number]["dual"], before.rows[client.number]["dual"]
+        for name, mask in client.mask.items():
+            assert not row[name][~mask].any()
+            assert row[name][client.trainable[name]].any()
+            assert torch.equal(row[name][last.frozen[name]], old[name][last.frozen[name]])
+            rested += int((last.frozen[name] & (row[name] != 0)).sum())
+    assert rested > 50
 
 
 # --- what is sent, and where it runs ---
