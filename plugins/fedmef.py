@@ -13,13 +13,13 @@ there is the pruning: with `inputs` below 1 a layer keeps only its largest input
 here, because it replaces the model's layers. Our reading: the budget is the round of the adjustment, t and
 T count local epochs; weights are marked once, by their magnitude in the model that was downloaded; clients'
 whole gradients decide on growth (see fedtiny). `period`, `stop` and `ratio` here and in `readjust` say the
-same thing twice, because a part does not look into another; under a different `readjust` they say when and
-how much is squeezed.
+same thing twice, because a part does not look into another: Progressive must be set alike, with one block.
+Other readjustments have schedules of their own, and then the three say when and how much is squeezed.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -31,12 +31,14 @@ from ..core.loss import ClientLoss
 from ..core.method import Method
 from ..core.part import Part
 from ..core.state import Batch, Carry, Clock, Masks, Params, Stepped
-from .fedtiny import Progressive, fraction
+from .fedtiny import Adjustments, Progressive
 from .random import RandomMask
 
 
 class Extrusion(Part):
     """SGD that pulls the weights about to be pruned to 0 in the rounds that end with an adjustment."""
+
+    agrees: ClassVar[dict[str, tuple[str, ...]]] = {"readjust": ("adjustments",)}
 
     strength: float = Field(0.01, ge=0, description="λ: weight of the penalty ‖θ_low‖²")
     peak_rate: float | None = Field(
@@ -51,6 +53,11 @@ class Extrusion(Part):
     period: int = Field(10, ge=1, description="ΔR: rounds between adjustments, as in readjust")
     stop: float = Field(0.6, gt=0, le=1, description="R_stop, as in readjust")
     ratio: float = Field(0.2, ge=0, le=1, description="a_0/n: fraction replaced at first, as in readjust")
+
+    @property
+    def adjustments(self) -> Adjustments:
+        """Those that the step prepares, in every layer."""
+        return Adjustments(self.period, self.stop, self.ratio)
 
     @hookimpl
     def client_init(self, params: Params, mask: Masks, momentum: float) -> dict[str, Params]:
@@ -69,6 +76,7 @@ class Extrusion(Part):
         lr: float,
         momentum: float,
         weight_decay: float,
+        target: float,
         clock: Clock,
     ) -> Stepped:
         if self.inputs < 1:
@@ -76,8 +84,8 @@ class Extrusion(Part):
             value, grads, carry = activations.value_and_grad(loss, params, carry, batch, layers, self.inputs)
         else:
             value, grads, carry = loss.value_and_grad(params, carry, batch)
-        part = fraction(clock, self.period, self.stop, self.ratio)
-        if part > 0:
+        part = self.adjustments.fraction(clock)
+        if target > 0 and part > 0:  # a dense network is not pruned
             low = marked(params, carry.state["place"], part)
             grads = {
                 name: g + 2 * self.strength * low[name] if name in low else g for name, g in grads.items()

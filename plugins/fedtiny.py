@@ -10,11 +10,13 @@ weights, those of smallest magnitude.
 
 Fidelity: the paper's equations as its authors' later library and public code restate them, not checked
 against its text, with ΔR = 10, R_stop = 100 of 300 rounds and five blocks; that library prunes first, so
-that what was just pruned may return at once, and adjusts every layer (`blocks` = 1). Our reading: n_l counts
-active weights; a block is one of `blocks` runs of consecutive prunable layers, as equal in number as can be.
-The preset allocates "global"ly, so that layer densities are free: candidate c multiplies each layer's
-magnitudes by a random factor and keeps the largest of the network (c = 0: no factor); under a rule that
-fixes the layers' counts each weight gets its own factor instead. The server's sample of the pooled training
+that what was just pruned may return at once, and adjusts every layer (`blocks` = 1). Our reading: t counts
+rounds of training done, so that the first adjustment ends the ΔR-th round and none ends the last one, after
+which nothing could train what it grows; n_l counts active weights; a block is one of `blocks` runs of
+consecutive prunable layers, as equal in number as can be. The preset allocates "global"ly, so that layer
+densities are free: candidate c multiplies each layer's magnitudes by a random factor and keeps the largest
+of the network (c = 0: no factor); under a rule that fixes the layers' counts each weight gets its own factor
+instead. The server's sample of the pooled training
 data stands for the clients: the loss is taken on it in training mode, in which normalisation uses the
 sample's own statistics. Runs start from random weights, at which the lowest loss is that of a network that
 says nothing; so a candidate first takes `steps` full-batch gradient steps on the sample, which are forgotten.
@@ -26,13 +28,13 @@ weighted by its samples.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..core import masks, rng
+from ..core import masks, rewiring, rng
 from ..core.budget import Budget
 from ..core.hookspecs import hookimpl
 from ..core.loss import Probe
@@ -40,6 +42,22 @@ from ..core.method import Method
 from ..core.part import Part
 from ..core.schedule import cosine_decay, share
 from ..core.state import Clock, Masks, Memory, Params, Readjusted, Scores
+
+
+class Adjustments(NamedTuple):
+    """When the server adjusts, how much of each layer, and how many blocks take turns."""
+
+    period: int
+    stop: float
+    ratio: float
+    blocks: int = 1
+
+    def fraction(self, clock: Clock) -> float:
+        """a_t/n in a round that ends with an adjustment, 0 in others."""
+        done = rewiring.rounds_done(clock, "server:end")
+        if done % self.period or done >= clock.rounds:
+            return 0.0
+        return cosine_decay(done, self.ratio, share(clock.rounds, self.stop))
 
 
 class BestCandidate(Part):
@@ -94,9 +112,14 @@ class Progressive(Part):
     blocks: int = Field(5, ge=1, description="blocks, visited from output to input; 1 adjusts every layer")
     score_batches: int = Field(1, ge=1, description="minibatches behind each client's gradient")
 
+    @property
+    def adjustments(self) -> Adjustments:
+        """What a local step that prepares them must agree on."""
+        return Adjustments(self.period, self.stop, self.ratio, self.blocks)
+
     @hookimpl
     def due(self, clock: Clock, budget: Budget) -> bool:
-        return budget.sparsity > 0 and fraction(clock, self.period, self.stop, self.ratio) > 0
+        return budget.sparsity > 0 and self.adjustments.fraction(clock) > 0
 
     @hookimpl
     def grow_score(self, dense_grad: Params) -> Scores:
@@ -106,7 +129,7 @@ class Progressive(Part):
     def readjust(
         self, params: Params, mask: Masks, frozen: Masks, score: Scores, clock: Clock, memory: Memory
     ) -> Readjusted:
-        part = fraction(clock, self.period, self.stop, self.ratio)
+        part = self.adjustments.fraction(clock)
         inactive = masks.active({name: ~active for name, active in mask.items()})
         movable = masks.active({name: active & ~frozen[name] for name, active in mask.items()})
         counts = dict.fromkeys(mask, 0)
@@ -122,15 +145,8 @@ class Progressive(Part):
     def block(self, layers: list[str], clock: Clock) -> list[str]:
         """The layers that are adjusted now."""
         number = min(self.blocks, len(layers))
-        at = number - 1 - (clock.round // self.period - 1) % number
+        at = number - 1 - clock.round // self.period % number  # so many adjustments have been before this one
         return layers[at * len(layers) // number : (at + 1) * len(layers) // number]
-
-
-def fraction(clock: Clock, period: int, stop: float, ratio: float) -> float:
-    """a_t/n in a round that ends with an adjustment, 0 in others."""
-    if clock.round == 0 or clock.round % period:
-        return 0.0
-    return cosine_decay(clock.round, ratio, share(clock.rounds, stop))
 
 
 METHOD = Method(
