@@ -22,9 +22,11 @@ def sgd(
     lr: float,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
+    nesterov: bool = False,
 ) -> tuple[Params, dict[str, Params]]:
     """One step of g ← g + λw; v ← μv + g; w ← w - η·v on the trainable entries; others keep their bits.
 
+    With `nesterov` w moves by g + μv instead of v, as in torch.optim.SGD; without momentum by the same.
     The momentum buffer `state["momentum"]` covers masked entries too (FedDST code; harmless, because the
     engine clears it where a client grows, and it starts afresh each round). `trainable` lists only tensors
     with entries that must not move. Returns parameters and state.
@@ -40,6 +42,7 @@ def sgd(
         lr,
         momentum,
         weight_decay,
+        nesterov,
     )
     new_state = (
         {**state, "momentum": dict(zip(names, velocity, strict=True))} if velocity is not None else state
@@ -58,6 +61,7 @@ def _foreach(
     lr: float,
     momentum: float,
     weight_decay: float,
+    nesterov: bool,
 ) -> tuple[Tensors, Tensors | None]:
     """All tensors in a few fused calls; writes only into tensors made here."""
     if weight_decay:
@@ -65,7 +69,10 @@ def _foreach(
     if velocity is not None:
         velocity = list(torch._foreach_mul(velocity, momentum))
         torch._foreach_add_(velocity, grads)
-    update = list(torch._foreach_mul(grads if velocity is None else velocity, -lr))
+    direction = grads if velocity is None else velocity
+    if velocity is not None and nesterov:
+        direction = list(torch._foreach_add(grads, velocity, alpha=momentum))
+    update = list(torch._foreach_mul(direction, -lr))
     for entry, mask in zip(update, trainable, strict=True):
         if mask is not None:
             entry.mul_(mask)
@@ -81,6 +88,7 @@ def _elementwise(
     lr: float,
     momentum: float,
     weight_decay: float,
+    nesterov: bool,
 ) -> tuple[Tensors, Tensors | None]:
     """Tensor by tensor, for vmap, which has no foreach."""
     if weight_decay:
@@ -88,6 +96,8 @@ def _elementwise(
     if velocity is not None:
         velocity = [momentum * v + g for v, g in zip(velocity, grads, strict=True)]
     direction = grads if velocity is None else velocity
+    if velocity is not None and nesterov:
+        direction = [g + momentum * v for v, g in zip(velocity, grads, strict=True)]
     moved = [
         p + (-lr * d if mask is None else -lr * d * mask)
         for p, d, mask in zip(params, direction, trainable, strict=True)

@@ -17,8 +17,9 @@ n = 10 or 8, where both are the same. Our reading, too: until `start` the mask i
 supp(w) only at a purge (the code's supp(w) of the first weights would freeze biases that start at 0); a mean
 that cancels to exactly 0 stays in the mask until the next purge; under another allocation than "global"
 each layer is pruned to its own budget. The purged model is broadcast, where the code sends the average and
-purges it again on the client. Left out: fine-tuning after a local purge (off by default and broken in the
-code), the geometric schedule of an early state, Nesterov momentum (the code's VGG-16).
+purges it again on the client. Only the code's VGG-16 has Nesterov momentum: `nesterov` is off by default.
+Left out: fine-tuning after a local purge (off by default and broken in the code), the geometric schedule of
+an early state.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from ..core.loss import ClientLoss
 from ..core.method import Method
 from ..core.part import Part
 from ..core.state import Aggregated, Batch, Carry, Clock, Masks, Memory, Params, Readjusted, Stepped, Sums
-from .fedavg import MaskedSgd, WeightedMean
+from .fedavg import WeightedMean
 from .topk import FullMask
 
 
@@ -46,6 +47,9 @@ class PersistentSgd(Part):
 
     keep_momentum: bool = Field(
         True, description="a client's momentum goes on where its last round ended; false restarts it at zero"
+    )
+    nesterov: bool = Field(
+        False, description="step by g + μv instead of v (Nesterov); no effect without federation.momentum"
     )
 
     @hookimpl
@@ -64,7 +68,11 @@ class PersistentSgd(Part):
         momentum: float,
         weight_decay: float,
     ) -> Stepped:
-        return MaskedSgd().local_step(loss, params, carry, batch, trainable, lr, momentum, weight_decay)
+        value, grads, carry = loss.value_and_grad(params, carry, batch)
+        params, state = optim.sgd(
+            params, grads, carry.state, trainable, lr, momentum, weight_decay, self.nesterov
+        )
+        return Stepped(params, Carry(carry.buffers, state), {"loss": value})
 
     @hookimpl
     def client_final(self, params: Params, carry: Carry) -> Memory:

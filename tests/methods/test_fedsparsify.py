@@ -12,8 +12,9 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-from fedsparse.core import masks
+from fedsparse.core import masks, optim
 from fedsparse.core.budget import Budget, Layer
 from fedsparse.core.errors import ConfigError
 from fedsparse.core.resolve import resolve
@@ -319,6 +320,91 @@ def test_invariant_10_and_example_10_3_masked_momentum():
             params, carry, _ = part.local_step(SquaredError(), params, carry, batch, mask, 0.1, 0.9, 0.0)
     close(params["w"], [0.820600, 0, 3.731800])
     assert float(params["w"][1]) == 0.0
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_nesterov_is_that_of_torch(momentum, weight_decay, stacked):
+    """Five steps of fused calls and of vmap; an optimiser without momentum has nothing to look ahead with."""
+    params, masked = draw((4, 3), (5,)), {"w0": draw((4, 3), seed=1)["w0"] > 0}
+    params = masks.apply(params, masked)
+    model = [p.clone().requires_grad_() for p in params.values()]
+    reference = torch.optim.SGD(
+        model, lr=0.1, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
+    )
+    state = {"momentum": optim.zeros(params)} if momentum else {}
+
+    def step(params, grads, state):
+        return optim.sgd(params, grads, state, masked, 0.1, momentum, weight_decay, nesterov=True)
+
+    if stacked:
+        step = torch.func.vmap(step)
+        params, state = tree_map(lambda p: p[None], (params, state))
+    for seed in range(5):
+        grads = draw((4, 3), (5,), seed=9 + seed)
+        for p, g in zip(model, masks.apply(grads, masked).values(), strict=True):
+            p.grad = g
+        reference.step()
+        given = tree_map(lambda p: p[None], grads) if stacked else grads
+        before = tree_map(torch.clone, (params, given, state))
+        moved, after = step(params, given, state)
+        for old, new in zip(tree_leaves(before), tree_leaves((params, given, state)), strict=True):
+            assert torch.equal(old, new)  # nothing that was given is written into
+        params, state = moved, after
+        for p, name in zip(model, params, strict=True):
+            torch.testing.assert_close(params[name].view_as(p), p.detach())
+    assert not params["w0"].view(4, 3)[~masked["w0"]].any()
+
+
+def test_nesterov_of_a_client(make_engine, watch):
+    """Its whole federated run is torch's, momentum kept from round to round."""
+    settings = {
+        "federation__rounds": 2,
+        "federation__clients": 1,
+        "federation__clients_per_round": 1,
+        "method__readjust__start": 1,
+    }
+    ends = []
+    for nesterov in (True, False):
+        engine = make_engine("fedsparsify", **settings, method__local_step__nesterov=nesterov)
+        watched, state = watch(engine), engine.start()
+        for _ in engine.rounds(state):
+            pass
+        federation, model = engine.config.federation, [p.clone() for p in engine.params.values()]
+        reference = torch.optim.SGD(
+            [p.requires_grad_() for p in model],
+            lr=federation.learning_rate,
+            momentum=federation.momentum,
+            weight_decay=federation.weight_decay,
+            nesterov=nesterov,
+        )
+        for number in range(2):
+            for epoch in range(federation.local_epochs):
+                for batch in engine.task.batches(0, number, epoch):
+                    named = dict(zip(engine.params, model, strict=True))
+                    engine.loss.plain(named, engine.buffers, batch)[0].backward()
+                    reference.step()
+                    reference.zero_grad()
+        for p, uploaded in zip(model, watched.uploads[-1][1].params.values(), strict=True):
+            torch.testing.assert_close(uploaded, p.detach(), rtol=1e-4, atol=1e-6)  # steps of float32
+        ends.append(watched.uploads[-1][1].params)
+    assert not torch.allclose(ends[0]["fc1.weight"], ends[1]["fc1.weight"], rtol=1e-3)
+
+
+def test_the_papers_vgg_16_uses_nesterov():
+    """Method document, section 4; the other settings, plain SGD and plain momentum."""
+    used = {
+        name: resolve(configs=[f"papers/fedsparsify-{name}"]).config
+        for name in ("cifar10", "cifar100", "fashion-mnist")
+    }
+    assert {name: config.method.local_step.nesterov for name, config in used.items()} == {
+        "cifar10": False,
+        "cifar100": True,
+        "fashion-mnist": False,
+    }
+    federation = used["cifar100"].federation
+    assert (federation.learning_rate, federation.momentum, federation.weight_decay) == (0.01, 0.9, 0.0)
 
 
 THREE = [tensor([0.6, 0, 0.9, 0, -0.3]), tensor([0.3, 0.2, 0, 0, 0.6]), tensor([0.3, 0, 0, 0, 0])]
