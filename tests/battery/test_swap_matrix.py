@@ -33,10 +33,15 @@ def check_swap(make_engine, base, slot, other):
         changes["method__readjust__period"] = 1
         if "period" in type(parts["local_step"]).model_fields:
             changes["method__local_step__period"] = 1
+    for s in ("local_step", "readjust"):
+        if f"method__{s}__period" in changes:
+            parts[s] = parts[s].model_copy(update={"period": 1})
+    shared = [(p, s, field) for p in parts.values() for s, fields in p.agrees.items() for field in fields]
+    unlike = any(getattr(p, f) != getattr(parts[s], f) for p, s, f in shared if hasattr(parts[s], f))
     needs = [need for part in parts.values() for need in part.needs.items()]
     stuck = not getattr(parts["local_step"], "moves_zeros", True) and any(p.grows for p in parts.values())
-    if stuck or any(type(parts[needed]).__name__ != partner for needed, partner in needs):
-        with pytest.raises(ConfigError, match=r"works only with|can never move"):
+    if stuck or unlike or any(type(parts[needed]).__name__ != partner for needed, partner in needs):
+        with pytest.raises(ConfigError, match=r"works only with|can never move|set both alike"):
             make_engine(base, [f"{slot}={other}"], **changes)
         return
     engine = make_engine(base, [f"{slot}={other}"], **changes)

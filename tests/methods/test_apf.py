@@ -133,7 +133,8 @@ def test_freezing_under_every_way_to_move_a_mask(make_engine, base):
         "fedtiny": {"period": 1, "stop": 1.0},
         "fedmef": {"period": 1, "stop": 1.0},
     }.get(base, {})
-    changes = {f"method__readjust__{name}": value for name, value in moving.items()}
+    slots = ["readjust", "local_step"] if base == "fedmef" else ["readjust"]  # its squeeze must agree
+    changes = {f"method__{slot}__{name}": value for slot in slots for name, value in moving.items()}
     engine = make_engine(
         base, ["freeze_policy=apf"], federation__rounds=10, ledger__encode=True, **EAGER, **changes
     )
