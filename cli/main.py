@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..core.errors import ConfigError, FedsparseError
 from ..core.registry import describe
-from .options import CONFIG, PLUGIN, SWAP, Settings, settings
+from .options import CONFIG, PLUGIN, QUIET, SWAP, WORKERS, Settings, settings
+
+if TYPE_CHECKING:
+    from ..core.resolve import Resolved
 
 INTERRUPTED = 130  # as shells report a command that Ctrl-C ended
 
@@ -56,6 +60,8 @@ def main() -> None:
     \b
     fedsparse run --plugin pffdst                          train on the digits, 50 non-IID clients
     fedsparse run --plugin pffdst --swap readjust=feddst   swap one slot of the method
+    fedsparse run --plugin pffdst --workers 2              two processes share each round's clients
+    fedsparse resume runs/pffdst-digits-seed0              go on with an interrupted run
     fedsparse plugins                                      what is installed
     fedsparse config show --plugin pffdst                  every setting and where it comes from
     """
@@ -68,8 +74,9 @@ def main() -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for the results, new or empty. Default: a new one under runs/.",
 )
-@click.option("--quiet", "-q", is_flag=True, help="Print only the summary.")
-def run(chosen: Settings, out: Path | None, quiet: bool) -> None:
+@WORKERS
+@QUIET
+def run(chosen: Settings, out: Path | None, workers: int, quiet: bool) -> None:
     """Train with a method and write metrics, model and mask to a folder.
 
     \b
@@ -77,15 +84,38 @@ def run(chosen: Settings, out: Path | None, quiet: bool) -> None:
     fedsparse run --plugin pffdst --config cifar10-lenet --set task.data_root=/data
     fedsparse run --plugin ./mine.py --seed 1
     """
-    from ..core import runner
-    from .view import choose_view
+    from ..core.tracking import refuse_taken
 
     resolved = chosen.resolve()
-    view = choose_view(quiet)
-    with view:
-        summary = runner.run(resolved, out, view.begin, view.round, view.say)
-    view.end(summary)
-    if summary["interrupted"]:
+    if out is not None:
+        refuse_taken(out)
+    train(resolved, out, workers, quiet)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@WORKERS
+@QUIET
+def resume(folder: Path, workers: int, quiet: bool) -> None:
+    """Go on with an interrupted run, from its last checkpoint.
+
+    \b
+    fedsparse resume runs/pffdst-digits-seed0
+    """
+    resolved = Settings(configs=(str(folder / "config.toml"),)).resolve()
+    train(resolved, folder, workers, quiet, resume=True)
+
+
+def train(resolved: Resolved, out: Path | None, workers: int, quiet: bool, resume: bool = False) -> None:
+    """Runs here, or in so many new processes; ends with the exit status of an interrupted run if it is."""
+    from ..core.execution.workers import launch, started_by_launcher
+    from .view import watched_run
+
+    if workers > 1 and not started_by_launcher():
+        interrupted = launch(workers, watched_run, resolved, out, quiet, resume)
+    else:
+        interrupted = watched_run(resolved, out, quiet, resume)
+    if interrupted:
         sys.exit(INTERRUPTED)
 
 

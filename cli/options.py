@@ -82,6 +82,13 @@ def _starting(incomplete: str, names: Any) -> list[CompletionItem]:
 
 
 PLUGIN, CONFIG, SWAP = PluginType(), ConfigType(), SwapType()
+WORKERS = click.option(
+    "--workers",
+    type=click.IntRange(1, 1024),
+    default=1,
+    help="Processes that share each round's clients, one CPU thread or one GPU each.",
+)
+QUIET = click.option("--quiet", "-q", is_flag=True, help="Print only the summary.")
 
 
 @dataclass(frozen=True)

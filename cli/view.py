@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,9 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ..core import runner
 from ..core.engine import Engine
+from ..core.execution import workers
 from ..core.hookspecs import SLOTS
-from ..core.resolve import DEFAULT_PLUGIN
+from ..core.resolve import DEFAULT_PLUGIN, Resolved
 from ..core.state import Report
 from ..core.tracking import RunFolder
 
@@ -110,6 +113,22 @@ class Live(Lines):
         self.live.stop()
 
 
+def watched_run(resolved: Resolved, out: Path | None, quiet: bool, resume: bool = False) -> bool:
+    """A run under its view; whether it was interrupted. Workers other than the first show nothing."""
+    me = workers.join()
+    try:
+        if me.rank > 0:
+            runner.run(resolved, out, resume=resume)
+            return False
+        view = choose_view(quiet)
+        with view:
+            summary = runner.run(resolved, out, view.begin, view.round, view.say, resume)
+        view.end(summary)
+        return bool(summary["interrupted"])
+    finally:
+        workers.leave()
+
+
 def choose_view(quiet: bool) -> View:
     """Live on a terminal, lines elsewhere."""
     if quiet:
@@ -132,6 +151,7 @@ def header(engine: Engine, folder: RunFolder) -> list[str]:
         f"model   {resolved.uses['task.model']}, {weights:,} prunable weights, target sparsity "
         f"{config.sparsity.target:g} ({config.sparsity.allocation})",
         f"run     {federation.rounds} rounds on {task.device}, seed {config.seed}, into {folder.path}",
+        f"speed   {execution(engine)}",
     ]
     unused = federation.clients - task.partition.clients
     if unused:
@@ -143,6 +163,15 @@ def header(engine: Engine, folder: RunFolder) -> list[str]:
         *map(escape, lines[1:]),
         *(f"[yellow]note    {escape(s)}[/yellow]" for s in resolved.dropped),
     ]
+
+
+def execution(engine: Engine) -> str:
+    """How the clients are trained, and why so."""
+    size = engine.workers.size
+    said = [f"{type(engine.executor).__name__.lower()} ({engine.why})"]
+    said += ["channels last"] if engine.layout.channels_last else []
+    said += [f"{size} workers"] if size > 1 else []
+    return ", ".join(said)
 
 
 def figures(metrics: Mapping[str, Any]) -> str:

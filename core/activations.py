@@ -53,7 +53,7 @@ def value_and_grad(
     threshold there again once it is set.
     """
     of = loss.of
-    pruning = _PrunedLoss(of.model, of.effective_params, of.penalty, frozenset(pruned), density)
+    pruning = _PrunedLoss(of.model, of.effective_params, of.penalty, of.autocast, frozenset(pruned), density)
     held = carry.state.get("threshold", {})
     # among the buffers, thresholds go into and out of the differentiated function as values
     buffers = {**carry.buffers, **{f"{_PREFIX}{name}": t for name, t in held.items()}}
@@ -70,12 +70,14 @@ class _PrunedLoss(ModelLoss):
     pruned: frozenset[str] = frozenset()
     density: float | None = None
 
-    def plain(self, weights: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Params]:
+    def plain(
+        self, weights: Params, buffers: Params, batch: Batch, key: Tensor | None = None
+    ) -> tuple[Tensor, Params]:
         held = {n.removeprefix(_PREFIX): b for n, b in buffers.items() if n.startswith(_PREFIX)}
         own = {n: b for n, b in buffers.items() if not n.startswith(_PREFIX)}
         names = {id(weights[name]): name for name in self.pruned}  # a layer is called with this very tensor
         with Pruning(names, held, self.density) as mode:
-            value, moved = super().plain(weights, own, batch)
+            value, moved = super().plain(weights, own, batch, key)
         return value, moved | {f"{_PREFIX}{name}": t for name, t in mode.thresholds.items()}
 
 

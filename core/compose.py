@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .contracts import Where, versions
 from .errors import ConfigError, FedsparseError, RunError, nearest
+from .functional import Functional
 from .hookspecs import PROJECT, SLOTS, Extras, hooks_of
 from .loss import ModelLoss
 from .method import Method
@@ -124,7 +125,7 @@ class Hooks:
         parts = ", ".join(type(impl.plugin).__name__ for impl in impls)
         return Where(self.method.name, parts, "extras", name, *self.at)
 
-    def loss(self, model: nn.Module, target: float) -> ModelLoss:
+    def loss(self, model: nn.Module, target: float, autocast: torch.dtype | None = None) -> ModelLoss:
         """The training loss of a model through this method's effective parameters and penalties."""
 
         def weights(params: Params, mask: Masks) -> Params:
@@ -141,9 +142,10 @@ class Hooks:
             return torch.stack(terms).sum()
 
         return ModelLoss(
-            model,
+            Functional(model),
             weights if self.get("effective_params") else None,
             penalty if self.has_extra("penalty") else None,
+            autocast,
         )
 
     def has_extra(self, name: str) -> bool:

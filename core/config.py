@@ -124,6 +124,22 @@ class ExecutionConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int = Field(1, ge=1, le=1024, description="CPU threads; more than one rarely pays")
     contracts: bool = Field(True, description="check what hooks return")
+    executor: Literal["auto", "sequential", "vectorised"] = Field(
+        "auto",
+        description="'sequential': clients one after another; 'vectorised': stacked, stepped together; "
+        "'auto': vectorised for small models on a GPU",
+    )
+    chunk: int | None = Field(
+        None, ge=1, description="clients that are stacked at once; unset: as many as fit into free memory"
+    )
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
+        "auto",
+        description="of products and convolutions; 'auto': tf32 on GPUs, float32 elsewhere; parameters stay "
+        "float32",
+    )
+    channels_last: Literal["auto", "on", "off"] = Field(
+        "auto", description="memory order of images and convolutions; 'auto': on for CPUs"
+    )
 
 
 class LedgerConfig(Section):

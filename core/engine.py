@@ -13,9 +13,12 @@ from . import masks, rng
 from .budget import Budget
 from .compose import compose
 from .contracts import Contracts
-from .errors import RunError
+from .errors import ConfigError, Problem, RunError
 from .evaluation import evaluate
-from .execution.sequential import Plan, Sequential, Uploads
+from .execution import workers
+from .execution.choose import choose
+from .execution.exchange import Plan, Uploads
+from .layout import choose_layout
 from .ledger import Ledger, Traffic, forward_macs, paper_bytes
 from .loss import Probe
 from .resolve import Resolved
@@ -37,7 +40,12 @@ class Engine:
         self.params, self.buffers = task.initial()
         self.prunable = tuple(layer.name for layer in task.layers)
         self.contracts = Contracts(self.params, self.prunable) if self.config.execution.contracts else None
-        self.loss = self.hooks.loss(task.model, self.config.sparsity.target)
+        execution = self.config.execution
+        self.loss = self.hooks.loss(
+            task.model,
+            self.config.sparsity.target,
+            torch.bfloat16 if execution.precision == "bfloat16" else None,
+        )
         macs = forward_macs(task.model, task.dataset.input_shape, self.prunable)
         self.ledger = Ledger(
             self.params,
@@ -46,7 +54,18 @@ class Engine:
             paper=self.paper_bytes if self.hooks.has_extra("paper_bytes") else paper_bytes,
             encode=self.config.ledger.encode,
         )
-        self.executor = Sequential(task, self.hooks, self.loss, self.ledger, self.contracts)
+        self.layout = choose_layout(execution.channels_last, task.model, task.device)
+        self.executor, self.why = choose(
+            execution, task, self.hooks, self.loss, self.ledger, self.contracts, self.layout
+        )
+        self.workers = workers.join()
+        if self.workers.size > self.config.federation.clients_per_round:
+            message = (
+                f"{self.workers.size} workers for {self.config.federation.clients_per_round} clients a "
+                "round; start at most one a client"
+            )
+            raise ConfigError([Problem("federation.clients_per_round", message)])
+        self.stop = False  # set from outside: the run ends after this round
 
     def start(self) -> ServerState:
         """The state before round 0: initial weights under the initial mask."""
@@ -57,12 +76,13 @@ class Engine:
                 self.contracts.parameters(self.hooks.where("initial_params"), params)
         budget = self.budget(self.clock(0))
         self.task.model.train()
+        sample = self.task.sample(PROBE_SAMPLES)
         mask = self.hooks.call(
             "mask_init",
             dict,
             params={name: p.clone() for name, p in params.items()},
             budget=budget,
-            probe=Probe(self.loss, self.buffers, self.task.sample(PROBE_SAMPLES)),
+            probe=Probe(self.loss, self.buffers, sample, self.key("probe")),
             key=self.key("mask_init"),
         )
         if self.contracts:
@@ -80,7 +100,7 @@ class Engine:
         while state.round < self.config.federation.rounds:
             report = self.play(state)
             state = report.state
-            if self.hooks.has_extra("on_round_end"):
+            if self.hooks.has_extra("on_round_end") and self.workers.rank == 0:
                 self.hooks.extra("on_round_end", report=report)
             yield report
 
@@ -95,13 +115,25 @@ class Engine:
         clients = self.task.clients(clock.round)
         sent = self.sent(state)
         self.ledger.begin_round(state.params, state.buffers, sent, state.frozen, trained=state.mask)
-        uploads = self.executor.train(self.plan(state, budget, clock), clients)
-        self.ledger.end_round()
+        samples = {client: len(self.task.partition.train_of(client)) for client in clients}
+        mine = self.workers.deal(clients, samples)
+        uploads = self.executor.train(self.plan(state, budget, clock), mine)
+        stop = self.gather(state, uploads, mine, clients)
         self.aggregate(state, uploads, budget)
         self.readjust(state, "server:end", budget, clock, uploads)
         metrics = self.record(state, before, clients, uploads, clock)
         state.round += 1
-        return Report({**metrics, "seconds": round(time.perf_counter() - started, 4)}, state)
+        return Report({**metrics, "seconds": round(time.perf_counter() - started, 4)}, state, stop)
+
+    def gather(self, state: ServerState, uploads: Uploads, mine: list[int], clients: list[int]) -> bool:
+        """Adds up what all workers have; whether one of them was asked to end the run."""
+        numbers = [uploads.samples, uploads.steps_weight, *self.ledger.round, float(self.stop)]
+        samples, steps, *tally, stop = self.workers.add(uploads.tensors(), numbers)
+        uploads.samples, uploads.steps_weight = round(samples), round(steps)
+        self.ledger.end_round(tally, clients)
+        if self.hooks.get("client_final"):
+            state.rows |= self.workers.rows({client: state.rows[client] for client in mine})
+        return stop > 0
 
     def freeze(self, state: ServerState, budget: Budget, clock: Clock) -> None:
         """The freeze policy's decision at the start of the round."""
@@ -147,14 +179,13 @@ class Engine:
         """The server's readjustment, if its part works at this site and is due."""
         if self.hooks.site != site or not self.hooks.get("readjust") or not self.executor.due(clock, budget):
             return
-        weight = uploads.samples if uploads else 1
         moved = self.hooks.call(
             "readjust",
             Readjusted,
             params=state.params,
             mask=state.mask,
             frozen=state.frozen,
-            score={name: total / weight for name, total in uploads.score.items()} if uploads else {},
+            score=uploads.mean_score() if uploads else {},
             target=self.config.sparsity.target,
             budget=budget,
             clock=clock,
@@ -184,7 +215,7 @@ class Engine:
         made = self.hooks.call(
             "aggregate",
             Aggregated,
-            sums=uploads.sums,
+            sums=uploads.contributions(),
             params=state.params,
             mask=state.mask,
             frozen=state.frozen,
@@ -201,7 +232,7 @@ class Engine:
         }
         self.adopt(state, "aggregate", made._replace(params=params), budget)
         state.buffers = {
-            name: (total / uploads.samples).to(state.buffers[name].dtype)
+            name: (total / uploads.samples).to(state.buffers[name].dtype).contiguous()
             for name, total in uploads.buffers.items()
         }
 
@@ -254,7 +285,8 @@ class Engine:
         }
         every = self.config.output.evaluate_every
         if (clock.round + 1) % every == 0 or clock.round + 1 == clock.rounds:
-            line |= evaluate(self.task, self.loss, state.params, state.buffers, state.mask)
+            params = self.layout.params(state.params)
+            line |= evaluate(self.task, self.loss, self.layout, params, state.buffers, state.mask)
             self.keep_best(state, line["client_accuracy"])
         return line
 

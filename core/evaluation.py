@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from .layout import Layout
 from .loss import ModelLoss
 from .state import Masks, Params
 from .task import Task
 
 
 @torch.no_grad()
-def evaluate(task: Task, loss: ModelLoss, params: Params, buffers: Params, mask: Masks) -> dict[str, float]:
+def evaluate(
+    task: Task, loss: ModelLoss, layout: Layout, params: Params, buffers: Params, mask: Masks
+) -> dict[str, float]:
     """Accuracies as fractions in [0, 1], and the mean cross-entropy.
 
     `test_accuracy` is over the pooled test set; `client_accuracy` the unweighted mean over all clients of
@@ -23,7 +25,7 @@ def evaluate(task: Task, loss: ModelLoss, params: Params, buffers: Params, mask:
     task.model.eval()
     losses, hits = [], []
     for inputs, targets in task.test_batches():
-        outputs = functional_call(task.model, {**weights, **buffers}, (inputs,))
+        outputs = loss.model({**weights, **buffers}, layout.arrange(inputs))
         losses.append(cross_entropy(outputs, targets, reduction="sum"))
         hits.append(outputs.argmax(1) == targets)
     correct = torch.cat(hits).cpu().numpy()

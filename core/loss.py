@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from .dropout import KeyedDropout
+from .functional import Functional
 from .masks import is_stacked
 from .state import Batch, Carry, Masks, Params
 
@@ -19,23 +21,45 @@ Penalty = Callable[[Params, Params], Tensor]
 
 @dataclass(frozen=True)
 class ModelLoss:
-    """Cross-entropy of a model in training mode, through `effective_params` and the penalty, if any."""
+    """Cross-entropy of a model in training mode, through `effective_params` and the penalty, if any.
 
-    model: nn.Module
+    Targets of -100 (PyTorch's `ignore_index`) mark samples that fill up a batch and do not count. With
+    `autocast` the model computes in that type, its parameters and the loss stay float32.
+    """
+
+    model: Functional
     effective_params: EffectiveParams | None = None
     penalty: Penalty | None = None
+    autocast: torch.dtype | None = None
 
-    def plain(self, weights: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Params]:
-        """Mean cross-entropy at effective weights, without the penalty, and the buffers after the pass."""
+    def plain(
+        self, weights: Params, buffers: Params, batch: Batch, key: Tensor | None = None
+    ) -> tuple[Tensor, Params]:
+        """Mean cross-entropy at effective weights, without the penalty, and the buffers after the pass.
+
+        Dropout draws from `key`, if there is one, else from PyTorch's generator.
+        """
         moved = {name: b.clone() for name, b in buffers.items()}  # layers write running statistics in place
-        outputs = functional_call(self.model, {**weights, **moved}, (batch.inputs,))
-        return cross_entropy(outputs, batch.targets), moved
+        with ExitStack() as modes:
+            if key is not None:
+                modes.enter_context(KeyedDropout(key))
+            if self.autocast is not None:
+                modes.enter_context(casting(batch.inputs.device.type, self.autocast))
+            outputs = self.model({**weights, **moved}, batch.inputs)
+            value = cross_entropy(outputs, batch.targets)
+        return value, moved
 
     def total(
-        self, params: Params, mask: Masks, anchor: Params, buffers: Params, batch: Batch
+        self,
+        params: Params,
+        mask: Masks,
+        anchor: Params,
+        buffers: Params,
+        batch: Batch,
+        key: Tensor | None = None,
     ) -> tuple[Tensor, Params]:
         """The training loss and the buffers after the pass."""
-        value, moved = self.plain(self.weights(params, mask), buffers, batch)
+        value, moved = self.plain(self.weights(params, mask), buffers, batch, key)
         if self.penalty is not None:
             value = value + self.penalty(params, anchor)
         return value, moved
@@ -47,25 +71,29 @@ class ModelLoss:
 
 @dataclass(frozen=True)
 class ClientLoss:
-    """The loss of one client: a `ModelLoss` with this client's mask and download."""
+    """The loss of one client: a `ModelLoss` with this client's mask and download.
+
+    `key` is the stream of this step's dropout; None if the model has none.
+    """
 
     of: ModelLoss
     mask: Masks
     anchor: Params
+    key: Tensor | None = None
 
     def value_and_grad(self, params: Params, carry: Carry, batch: Batch) -> tuple[Tensor, Params, Carry]:
         """Loss (0-d), its gradient by parameter, dense, and the carry with the new buffers."""
-        if is_stacked(params) or is_stacked(batch._asdict()):
+        if is_stacked(params) or is_stacked(batch._asdict()) or torch.compiler.is_compiling():
             grads, (value, buffers) = torch.func.grad(self._with_aux, has_aux=True)(params, carry, batch)
             return value, grads, Carry(buffers, carry.state)
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         with torch.enable_grad():
-            value, buffers = self.of.total(leaves, self.mask, self.anchor, carry.buffers, batch)
+            value, buffers = self.of.total(leaves, self.mask, self.anchor, carry.buffers, batch, self.key)
         grads = gradient(value, leaves)
         return value.detach(), grads, Carry({n: b.detach() for n, b in buffers.items()}, carry.state)
 
     def _with_aux(self, params: Params, carry: Carry, batch: Batch) -> tuple[Tensor, tuple[Tensor, Params]]:
-        value, buffers = self.of.total(params, self.mask, self.anchor, carry.buffers, batch)
+        value, buffers = self.of.total(params, self.mask, self.anchor, carry.buffers, batch, self.key)
         return value, (value, buffers)
 
     def dense_grad(self, params: Params, carry: Carry, batches: Sequence[Batch]) -> Params:
@@ -73,7 +101,7 @@ class ClientLoss:
         weights = {n: w.detach().requires_grad_() for n, w in self.of.weights(params, self.mask).items()}
         batch = Batch(*(torch.cat(field) for field in zip(*batches, strict=True)))
         with torch.enable_grad():
-            value, _ = self.of.plain(weights, carry.buffers, batch)
+            value, _ = self.of.plain(weights, carry.buffers, batch, self.key)
         return gradient(value, weights)
 
 
@@ -84,16 +112,22 @@ class Probe:
     of: ModelLoss
     buffers: Params
     batch: Batch
+    key: Tensor | None = None
 
     def loss(self, params: Params) -> Tensor:
         """Mean cross-entropy, 0-d, differentiable by `params` (twice, for GraSP)."""
         with torch.enable_grad():
-            return self.of.plain(params, self.buffers, self.batch)[0]
+            return self.of.plain(params, self.buffers, self.batch, self.key)[0]
 
     def gradient(self, params: Params) -> Params:
         """Its gradient, dense, by parameter."""
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         return gradient(self.loss(leaves), leaves)
+
+
+def casting(device: str, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Autocast without its cache, which would outlive a step that is captured or transformed."""
+    return torch.autocast(device, dtype=dtype, cache_enabled=False)
 
 
 def gradient(value: Tensor, leaves: Params) -> Params:

@@ -72,12 +72,10 @@ def _foreach(
     direction = grads if velocity is None else velocity
     if velocity is not None and nesterov:
         direction = list(torch._foreach_add(grads, velocity, alpha=momentum))
-    update = list(torch._foreach_mul(direction, -lr))
-    for entry, mask in zip(update, trainable, strict=True):
-        if mask is not None:
-            entry.mul_(mask)
-    torch._foreach_add_(update, params)
-    return update, velocity
+    masked = [d if mask is None else d * mask for d, mask in zip(direction, trainable, strict=True)]
+    if isinstance(lr, Tensor):  # a rate that a part computed stays on the device
+        return list(torch._foreach_add(params, torch._foreach_mul(masked, -lr))), velocity
+    return list(torch._foreach_add(params, masked, alpha=-lr)), velocity
 
 
 def _elementwise(

@@ -27,8 +27,11 @@ class Part(Component):
     Class attributes that the engine reads, where they apply:
     `budget_promise` — active counts after the part's hook are "exact"ly the budget, "at most" it, or "none";
     `needs` — parts that must fill other slots, {slot: class name}, where this one alone would be wrong;
-    `agrees` — fields that must be as in the part of another slot, {slot: fields}, if that has them;
+    `agrees` — fields or properties that must be as in the part of another slot, {slot: fields},
+    if it has them;
     `grows` — it activates weights at the value 0, which a local step must then be able to move;
+    `whole_batches` (local_step, False by default) — what a step does to a sample depends on the others of its
+    minibatch, which therefore may not be filled up with samples that do not count;
     `moves_zeros` (local_step, a property or class attribute, True by default) — whether it can;
     `site` (readjust) — "client", "server:start" or "server:end" (the default); may be a field;
     `sends` (aggregate) — "mask" (the default) or "support", see the hook `contribute`;

@@ -23,15 +23,20 @@ def _digest(*path: str | int) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def number(*path: str | int) -> int:
+    """The key of a stream as a plain signed 64-bit integer."""
+    digest = _digest(*path)
+    return digest - (1 << 64) if digest >= 1 << 63 else digest
+
+
 def key(*path: str | int, device: torch.device | str = "cpu") -> Tensor:
     """The key of a stream, 0-d int64, e.g. `key(seed, "grow", round)`."""
-    number = _digest(*path)
-    return torch.tensor(number - (1 << 64) if number >= 1 << 63 else number, device=device)
+    return torch.tensor(number(*path), device=device)
 
 
 def fold(stream: Tensor, *path: str | int) -> Tensor:
-    """The key of a stream within a stream, e.g. one a layer."""
-    return _mix(stream ^ key(*path, device=stream.device))
+    """The key of a stream within a stream, e.g. one a layer; nothing is sent to the device."""
+    return _mix(stream ^ number(*path))
 
 
 def bits(stream: Tensor, shape: Sequence[int]) -> Tensor:

@@ -15,7 +15,7 @@ from . import checkpoint, task
 from .compose import PluginError
 from .engine import Engine
 from .resolve import Resolved
-from .state import Report
+from .state import Report, ServerState
 from .tracking import RunFolder, refuse_taken
 
 Watcher = Callable[[Report], None]
@@ -28,60 +28,78 @@ def run(
     begun: Begun = lambda engine, folder: None,
     watch: Watcher = lambda report: None,
     say: Callable[[str], None] = lambda text: None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Runs to the end and returns the summary, also written to `summary.json`.
 
     `begun` is called once, before the first round, `watch` after each, `say` with news in words. Ctrl-C ends
     the run after the round that is being played, a second one at once; either way what was recorded stays,
-    and the summary says "interrupted". Raises FedsparseError for what the user can mend; the traceback of a
-    run that failed is kept in `error.log`.
+    and the summary says "interrupted". With `resume` the run in the folder `out` goes on from its checkpoint.
+    Of several workers the first records, watches and says; to the others all this is empty. Raises
+    FedsparseError for what the user can mend; the traceback of a run that failed is kept in `error.log`.
     """
     started = time.perf_counter()
-    if out is not None:
+    if out is not None and not resume:
         refuse_taken(out)  # before minutes are spent on data
     engine = Engine(resolved, task.build(resolved.config))
-    state = engine.start()
-    folder = RunFolder(resolved, out)
-    begun(engine, folder)
-    every, rounds = resolved.config.output.checkpoint_every, resolved.config.federation.rounds
-    stop = threading.Event()
-    try:
-        with first_ctrl_c_sets(stop, say):
+    engine.workers.wait()  # nobody writes before all have looked
+    if resume and out is not None:
+        state, ledger = checkpoint.load(out / "checkpoint", engine.task.device)
+        engine.ledger.load_state(ledger)
+    else:
+        state = engine.start()
+    with first_ctrl_c(engine, say):
+        if engine.workers.rank > 0:
             for report in engine.rounds(state):
-                state = report.state
-                folder.record(report.metrics)
-                if state.round % every == 0 or state.round == rounds or stop.is_set():
-                    checkpoint.save(folder.path / "checkpoint", state, engine.ledger.state())
-                watch(report)
-                if stop.is_set():
+                if report.stop:
                     break
+            return {}
+        folder = RunFolder(resolved, out, resume_at=state.round if resume else None)
+        begun(engine, folder)
+        state, interrupted = _play(engine, folder, state, watch)
+    return folder.finish(
+        state,
+        engine.loss.weights(state.params, state.mask),
+        device=engine.task.device,
+        workers=engine.workers.size,
+        wall_seconds=time.perf_counter() - started,
+        interrupted=interrupted and state.round < resolved.config.federation.rounds,
+    )
+
+
+def _play(engine: Engine, folder: RunFolder, state: ServerState, watch: Watcher) -> tuple[ServerState, bool]:
+    """Plays and records the rounds that are left; the last state, and whether Ctrl-C ended them."""
+    every, rounds = engine.config.output.checkpoint_every, engine.config.federation.rounds
+    try:
+        for report in engine.rounds(state):
+            state = report.state
+            folder.record(report.metrics)
+            if state.round % every == 0 or state.round == rounds or report.stop:
+                checkpoint.save(folder.path / "checkpoint", state, engine.ledger.state())
+            watch(report)
+            if report.stop:
+                return state, True
     except KeyboardInterrupt:
-        stop.set()
+        return state, True
     except PluginError as error:
         folder.fail(traceback.format_exc())
         raise PluginError(f"{error}; traceback in {folder.path / 'error.log'}") from error
     except Exception:
         folder.fail(traceback.format_exc())
         raise
-    return folder.finish(
-        state,
-        engine.loss.weights(state.params, state.mask),
-        device=engine.task.device,
-        wall_seconds=time.perf_counter() - started,
-        interrupted=stop.is_set() and state.round < rounds,
-    )
+    return state, False
 
 
 @contextmanager
-def first_ctrl_c_sets(stop: threading.Event, say: Callable[[str], None]) -> Iterator[None]:
-    """The first Ctrl-C sets the event; the second raises KeyboardInterrupt."""
+def first_ctrl_c(engine: Engine, say: Callable[[str], None]) -> Iterator[None]:
+    """The first Ctrl-C asks the engine to stop after its round; the second raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread only
         return
     before = signal.getsignal(signal.SIGINT)
 
     def first(*_: object) -> None:
-        stop.set()
+        engine.stop = True
         signal.signal(signal.SIGINT, before)
         say("Ending after this round; Ctrl-C again ends at once.")
 

@@ -120,10 +120,14 @@ class ServerState:
 
 
 class Report(NamedTuple):
-    """One finished round: its line of `metrics.jsonl` and the state after it, to read only."""
+    """One finished round: its line of `metrics.jsonl` and the state after it, to read only.
+
+    `stop` tells every worker that one of them was asked to end the run here.
+    """
 
     metrics: dict[str, Any]
     state: ServerState
+    stop: bool = False
 
 
 def moved_to(memory: Any, device: torch.device | str) -> Any:

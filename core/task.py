@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,6 +20,7 @@ from .data.dataset import MARGIN, crop_flip
 from .data.partition import PartitionRule
 from .data.source import Source
 from .errors import ConfigError, Problem, nearest
+from .execution.workers import own_device
 from .models.architecture import Architecture
 from .state import Batch, Params
 
@@ -44,6 +46,21 @@ class Task:
         params = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         buffers = {name: b.detach().clone() for name, b in self.model.named_buffers()}
         return params, buffers
+
+    def activations(self) -> int:
+        """Numbers that the layers put out for one sample; measured without computing anything."""
+        twin, total = copy.deepcopy(self.model).to("meta").eval(), 0
+
+        def add(module: nn.Module, inputs: object, output: Tensor) -> None:
+            nonlocal total
+            total += output.numel()
+
+        for module in twin.modules():
+            if not any(module.children()):
+                module.register_forward_hook(add)
+        with torch.no_grad():
+            twin(torch.empty(1, *self.dataset.input_shape, device="meta"))
+        return total
 
     def clients(self, round_: int) -> list[int]:
         """The clients sampled in a round, the same for every method of a seed."""
@@ -92,6 +109,7 @@ def build(config: RunConfig) -> Task:
     Raises RunError for data that is missing and ConfigError for settings that the data cannot meet.
     """
     device = choose_device(config.execution.device)
+    use_precision(config.execution.precision, device)
     federation = config.federation
     source = cast(Source, config.task.dataset)
     rule, architecture = cast(PartitionRule, config.task.partition), cast(Architecture, config.task.model)
@@ -146,7 +164,7 @@ def _need_images(dataset: Dataset) -> None:
 def choose_device(name: str) -> torch.device:
     """The device of a setting: "auto" takes a GPU if there is one."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return own_device() if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -157,6 +175,13 @@ def choose_device(name: str) -> torch.device:
         message = f"{name!r} cannot be used here: {reason}. Allowed: auto, cpu, cuda or cuda:N"
         raise ConfigError([Problem("execution.device", message)]) from None
     return device
+
+
+def use_precision(setting: str, device: torch.device) -> None:
+    """Lets this process's GPU round products and convolutions to TF32, or not."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = setting != "float32"
+        torch.backends.cudnn.allow_tf32 = setting != "float32"
 
 
 def prunable_layers(model: nn.Module, sparsity: SparsityConfig) -> tuple[Layer, ...]:

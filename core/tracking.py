@@ -34,15 +34,20 @@ SHOWN = (
 
 
 class RunFolder:
-    """Writes what a run leaves behind. Nothing that exists is overwritten."""
+    """Writes what a run leaves behind. Nothing that exists is overwritten, unless its run is resumed."""
 
-    def __init__(self, resolved: Resolved, path: Path | None = None) -> None:
-        """Makes the folder: `path`, or a new one under `output.root`.
+    def __init__(self, resolved: Resolved, path: Path | None = None, *, resume_at: int | None = None) -> None:
+        """Makes the folder: `path`, or a new one under `output.root`; or goes on in it at a round.
 
         Raises RunError if `path` exists and is not an empty folder, or cannot be made.
         """
         self.resolved = resolved
+        self.last: dict[str, Any] = {}
+        self.best: dict[str, Any] = {}
         try:
+            if path is not None and resume_at is not None:
+                self._go_on(path, resume_at)
+                return
             if path is None:
                 path = _make_free(resolved)
             else:
@@ -55,8 +60,16 @@ class RunFolder:
             self._metrics = (path / "metrics.jsonl").open("x", encoding="utf-8")
         except (OSError, ValueError) as error:
             raise RunError(f"cannot write to {path or resolved.config.output.root}: {error}") from None
-        self.last: dict[str, Any] = {}
-        self.best: dict[str, Any] = {}
+
+    def _go_on(self, path: Path, round_: int) -> None:
+        """Opens a folder again; lines of rounds that the checkpoint does not know are played anew."""
+        self.path = path
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        kept = [line for line in map(json.loads, lines[:round_]) if line["round"] < round_]
+        self._metrics = (path / "metrics.new").open("w", encoding="utf-8")
+        for line in kept:
+            self.record(line)
+        (path / "metrics.new").rename(path / "metrics.jsonl")
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Appends a line to `metrics.jsonl`."""
@@ -74,6 +87,7 @@ class RunFolder:
         weights: Params,
         *,
         device: torch.device,
+        workers: int,
         wall_seconds: float,
         interrupted: bool = False,
     ) -> dict[str, Any]:
@@ -96,7 +110,7 @@ class RunFolder:
             "rounds": self.last.get("round", -1) + 1,
             "versions": versions(),
             "device": str(device),
-            "workers": 1,
+            "workers": workers,
             "wall_seconds": round(wall_seconds, 2),
             "parameters": sum(p.numel() for p in state.params.values()),
             "nonzero": sum(int(w.count_nonzero()) for w in weights.values()),

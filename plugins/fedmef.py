@@ -59,6 +59,10 @@ class Extrusion(Part):
         """Those that the step prepares, in every layer."""
         return Adjustments(self.period, self.stop, self.ratio)
 
+    @property
+    def whole_batches(self) -> bool:
+        return self.inputs < 1  # a threshold is of all inputs of a minibatch
+
     @hookimpl
     def client_init(self, params: Params, mask: Masks, momentum: float) -> dict[str, Params]:
         # n for the smallest of n weights, 1 for the largest, 0 off the mask

@@ -41,6 +41,8 @@ from .topk import FullMask, GlobalTopK, PlainMean
 class PoweredSgd(Part):
     """SGD on θ where layers use sign(θ)·|θ|^β, with inputs pruned for the gradient of the weight."""
 
+    whole_batches: ClassVar[bool] = True  # a threshold is of all inputs of a minibatch
+
     exponent: float = Field(
         1.25,
         ge=1,

@@ -35,6 +35,8 @@ from .topk import FullMask, PlainMean
 class Swat(Part):
     """SGD on dense weights, of which the passes use the largest, with the largest inputs of each layer."""
 
+    whole_batches: ClassVar[bool] = True  # a threshold is of all inputs of a minibatch
+
     def pruned(self, params: Params) -> list[str]:
         """Every layer but the first convolution."""
         first = next((name for name, p in params.items() if p.dim() > 2), None)

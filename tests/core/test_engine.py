@@ -318,7 +318,7 @@ def test_nobody_pays_for_a_score_that_no_part_takes(make_engine, monkeypatch):
 def test_readjusting_clients_forget_the_momentum_of_moved_weights(make_engine, monkeypatch):
     engine = make_engine("feddst", method__readjust__ratio=0.3, federation__local_epochs=2)
     executor, found = engine.executor, []
-    readjust = executor.readjust_client
+    readjust = executor.readjust
 
     def watched(plan, client, clock, batches):
         before, values = client.mask, client.params
@@ -329,7 +329,7 @@ def test_readjusting_clients_forget_the_momentum_of_moved_weights(make_engine, m
             found.append(all(not momentum[n][moved[n]].any() for n in moved))
             found.append(any(momentum[n][~moved[n]].any() for n in moved))
 
-    executor.readjust_client = watched
+    executor.readjust = watched
     play(engine, 2)
     assert found == [True] * 6
 

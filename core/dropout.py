@@ -1,0 +1,53 @@
+"""Dropout from keyed streams: the same draws in a loop over clients, under vmap, and on any worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from . import rng
+
+WHOLE_CHANNELS = (functional.dropout1d, functional.dropout2d, functional.dropout3d)
+
+
+def drops(model: nn.Module) -> bool:
+    """Whether a model has dropout layers."""
+    return any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules())
+
+
+class KeyedDropout(TorchFunctionMode):
+    """Replaces the draws of dropout layers, in training mode, by those of a key; one stream a call."""
+
+    def __init__(self, key: Tensor) -> None:
+        super().__init__()
+        self.key, self.calls = key, 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is functional.dropout or func in WHOLE_CHANNELS:
+            return self.dropout(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def dropout(
+        self,
+        func: Callable[..., Tensor],
+        input: Tensor,
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
+    ) -> Tensor:
+        """The input with entries, or whole channels, dropped with probability `p`, and others scaled."""
+        if not training or p == 0.0:
+            return input
+        shape = input.shape
+        if func in WHOLE_CHANNELS:  # (b, c, …)
+            shape = torch.Size([*shape[:2], *(1 for _ in shape[2:])])
+        self.calls += 1
+        kept = rng.uniform(rng.fold(self.key, self.calls), shape) >= p
+        return torch.where(kept, input / (1 - p), 0.0) if p < 1 else torch.zeros_like(input)

@@ -1,0 +1,72 @@
+"""Which executor a run gets, how many clients it stacks, and why."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from ..compose import Hooks
+from ..config import ExecutionConfig
+from ..contracts import Contracts
+from ..layout import Layout
+from ..ledger import Ledger
+from ..loss import ModelLoss
+from ..task import Task
+from .sequential import Sequential
+from .training import Executor
+from .vectorised import Vectorised
+
+SMALL = 2_000_000  # parameters; a client of a larger model keeps a GPU busy alone
+COPIES = 6  # of the parameters, at the peak of a step: values, gradients, momentum, and their successors
+
+
+class Chosen(NamedTuple):
+    """An executor, and the reason in words."""
+
+    executor: Executor
+    why: str
+
+
+def choose(
+    config: ExecutionConfig,
+    task: Task,
+    hooks: Hooks,
+    loss: ModelLoss,
+    ledger: Ledger,
+    contracts: Contracts | None,
+    layout: Layout,
+) -> Chosen:
+    """The executor that the configuration names, or the one that "auto" finds best."""
+    parameters = sum(p.numel() for p in task.model.parameters())
+    kind, why = config.executor, "as set"
+    if kind == "auto":
+        small = parameters <= SMALL
+        left = "leave a GPU idle" if small else "keep a GPU busy"
+        kind = "vectorised" if task.device.type == "cuda" and small else "sequential"
+        if task.device.type == "cpu":
+            why = "one client after another is fastest on a CPU"
+        else:
+            why = f"{parameters:,} parameters a client {left}"
+    parts = (task, hooks, loss, ledger, contracts, layout)
+    if kind == "sequential":
+        return Chosen(Sequential(*parts), why)
+    executor = Vectorised(*parts)
+    cohort = task.federation.clients_per_round
+    executor.size = min(cohort, config.chunk or fitting(task, parameters))
+    return Chosen(executor, f"{why}; {executor.size} of {cohort} clients at once")
+
+
+def fitting(task: Task, parameters: int) -> int:
+    """How many clients fit into half of the free memory: their parameters and their activations."""
+    sample = 4 * task.activations()
+    client = 4 * COPIES * parameters + 2 * task.federation.batch_size * sample
+    return max(1, free_memory(task.device) // 2 // client)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,76 @@
+"""What goes out to a round's clients, and the sums of what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..budget import Budget
+from ..state import Clock, Masks, Params, ServerState
+
+Totals = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the server sends to this round's clients, and the settings of their training."""
+
+    state: ServerState
+    budget: Budget
+    clock: Clock
+    trainable: Masks
+    target: float
+    lr: float
+    broadcast: Params = field(default_factory=dict)
+
+
+@dataclass
+class Uploads:
+    """The contributions of clients, summed; every tensor has the size of the model once.
+
+    Sums are kept in float64, so that neither the order of clients nor the number of workers shows in what
+    they round to.
+    """
+
+    sums: Totals = field(default_factory=dict)
+    buffers: Totals = field(default_factory=dict)
+    score: Totals = field(default_factory=dict)
+    metrics: Totals = field(default_factory=dict)
+    samples: int = 0
+    steps_weight: int = 0
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def add(self, into: Totals, entries: Mapping[str, Tensor]) -> None:
+        """Adds one client's entries by name."""
+        for name, value in entries.items():
+            if name in into:
+                into[name] += value
+            else:
+                into[name] = value.to(torch.float64, copy=True)
+
+    def contribute(self, entries: Mapping[str, Tensor]) -> None:
+        """Adds one client's contribution, and remembers its types."""
+        self.dtypes |= {name: value.dtype for name, value in entries.items()}
+        self.add(self.sums, entries)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every sum, in an order that all workers share."""
+        for group in (self.sums, self.buffers, self.score, self.metrics):
+            yield from group.values()
+
+    def contributions(self) -> Params:
+        """The sums of contributions in the types that clients sent."""
+        return {
+            name: total.to(self.dtypes[name], memory_format=torch.contiguous_format)
+            for name, total in self.sums.items()
+        }
+
+    def mean_score(self) -> Params:
+        """The clients' scores, averaged by samples."""
+        return {
+            name: (total / self.samples).to(torch.float32, memory_format=torch.contiguous_format)
+            for name, total in self.score.items()
+        }

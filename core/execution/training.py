@@ -1,0 +1,248 @@
+"""What every executor does for one client: download, readjustment, score, upload."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import masks, rng
+from ..budget import Budget
+from ..compose import Hooks
+from ..contracts import Contracts, versions
+from ..dropout import drops
+from ..layout import Layout
+from ..ledger import Ledger
+from ..loss import ClientLoss, ModelLoss
+from ..state import Batch, Carry, Clock, Masks, Memory, Params, Readjusted, Scores, Sums, moved_to
+from ..task import Task
+from .exchange import Plan, Uploads
+
+
+@dataclass
+class Client:
+    """One client's model while it trains (or, in the vectorised executor, those of a chunk, stacked)."""
+
+    number: int
+    params: Params
+    mask: Masks
+    carry: Carry
+    trainable: Masks
+    score_samples: int = 0
+    score_bytes: int = 0
+
+
+class Executor(ABC):
+    """Trains a round's clients on one device. What they compute does not depend on the kind of executor."""
+
+    def __init__(
+        self,
+        task: Task,
+        hooks: Hooks,
+        loss: ModelLoss,
+        ledger: Ledger,
+        contracts: Contracts | None,
+        layout: Layout,
+    ) -> None:
+        self.task, self.hooks, self.loss = task, hooks, loss
+        self.ledger, self.contracts, self.layout = ledger, contracts, layout
+        self.step = hooks.found["local_step"]
+        self.needs_score = hooks.takes("readjust", "score")
+        self.needs_key = hooks.takes("local_step", "key")
+        self.drops = drops(task.model)
+
+    def train(self, plan: Plan, clients: Sequence[int]) -> Uploads:
+        """One round of local training of these clients. The server's tensors come back as they were."""
+        self.task.model.train()
+        state = replace(plan.state, params=self.layout.params(plan.state.params))
+        plan = replace(plan, state=state, trainable=self.layout.params(plan.trainable))
+        given = (state.params, state.mask, state.frozen, state.buffers)
+        before = versions(*given)
+        uploads = Uploads()
+        self.train_all(plan, clients, uploads)
+        if versions(*given) != before:
+            raise self.hooks.where("local_step").breach("wrote into a tensor it was given; return new ones")
+        self.hooks.at = (plan.clock.round, None)
+        return uploads
+
+    @abstractmethod
+    def train_all(self, plan: Plan, clients: Sequence[int], uploads: Uploads) -> None:
+        """Trains the clients and adds up what they send."""
+
+    def settings(self, plan: Plan) -> dict[str, Any]:
+        """What `local_step` is offered besides a client's own tensors."""
+        federation = self.task.federation
+        return {
+            "anchor": plan.state.params,
+            "lr": plan.lr,
+            "momentum": federation.momentum,
+            "weight_decay": federation.weight_decay,
+            "target": plan.target,
+        }
+
+    def keys(self, plan: Plan, number: int) -> dict[str, int]:
+        """The streams of a client's steps in this round, those that are needed; each step folds its own."""
+        wanted = {"step": self.needs_key, "dropout": self.drops}
+        path = (plan.clock.round, number)
+        return {name: rng.number(self.task.seed, name, *path) for name, needed in wanted.items() if needed}
+
+    @contextmanager
+    def model_randomness(self, plan: Plan, number: int) -> Iterator[None]:
+        """Seeds what layers other than dropout draw themselves, and leaves no trace."""
+        device = self.task.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(rng.number(self.task.seed, "model", plan.clock.round, number))
+            yield
+
+    def sent(self, client: Client) -> Masks:
+        """The mask of the values that a client sends."""
+        return masks.support(client.params, client.mask) if self.hooks.sends == "support" else client.mask
+
+    def download(self, plan: Plan, number: int) -> Client:
+        """The client's state is the server's; its optimiser starts fresh."""
+        state = plan.state
+        self.ledger.download(number, extra=self.ledger.sidecar(plan.broadcast))
+        fresh: dict[str, Params] = {}
+        if self.hooks.get("client_init"):
+            fresh = self.hooks.call(
+                "client_init",
+                dict,
+                params=state.params,
+                mask=state.mask,
+                momentum=self.task.federation.momentum,
+                broadcast=plan.broadcast,
+                memory=moved_to(state.rows.get(number, {}), self.task.device),
+            )
+        carry = Carry(dict(state.buffers), fresh)
+        return Client(number, dict(state.params), dict(state.mask), carry, plan.trainable)
+
+    def epoch(self, number: int, clock: Clock) -> list[Batch]:
+        """A client's minibatches of one local epoch, in the run's layout."""
+        batches = self.task.batches(number, clock.round, clock.epoch)
+        return [batch._replace(inputs=self.layout.arrange(batch.inputs)) for batch in batches]
+
+    def due(self, clock: Clock, budget: Budget) -> bool:
+        """Whether the readjustment runs now."""
+        if not self.hooks.get("due"):
+            return self.hooks.site != "client" or clock.epoch == clock.epochs
+        return self.hooks.call("due", bool, clock=clock, budget=budget)
+
+    def readjusts(self, plan: Plan, clock: Clock) -> bool:
+        """Whether clients move their masks now."""
+        on_clients = self.hooks.site == "client" and self.hooks.get("readjust") is not None
+        return on_clients and self.due(clock, plan.budget)
+
+    def readjusted(self, plan: Plan, client: Client, clock: Clock, score: Scores, key: Tensor) -> Readjusted:
+        """What the client's readjustment returns."""
+        return self.hooks.call(
+            "readjust",
+            Readjusted,
+            params=client.params,
+            mask=client.mask,
+            frozen=plan.state.frozen,
+            score=score,
+            target=plan.target,
+            budget=plan.budget,
+            clock=clock,
+            key=key,
+            memory={},
+        )
+
+    def readjust_key(self, clock: Clock, number: int) -> int:
+        """The stream of a client's readjustment."""
+        return rng.number(self.task.seed, "readjust", clock.round, number, clock.epoch)
+
+    def score(self, client: Client, batches: Sequence[Batch], mask: Masks, anchor: Params) -> Scores:
+        """The growth score of one client's dense gradient on its last minibatches."""
+        used = batches[-self.hooks.score_batches :]
+        loss = ClientLoss(self.loss, mask, anchor)
+        gradient = loss.dense_grad(client.params, client.carry, used)
+        gradient = {name: gradient[name] for name in client.mask}
+        if not self.hooks.get("grow_score"):
+            return {name: g.abs() for name, g in gradient.items()}
+        score = self.hooks.call("grow_score", dict, params=client.params, dense_grad=gradient)
+        if self.contracts:
+            self.contracts.scores(self.hooks.where("grow_score"), score)
+        return score
+
+    def score_size(self, batches: Sequence[Batch]) -> int:
+        """Samples behind a score."""
+        return sum(len(batch.targets) for batch in batches[-self.hooks.score_batches :])
+
+    def collects_score(self, plan: Plan) -> bool:
+        """Whether the server will readjust by the clients' scores in this round."""
+        return self.hooks.site == "server:end" and self.needs_score and self.due(plan.clock, plan.budget)
+
+    def add_score(self, plan: Plan, client: Client, batches: Sequence[Batch], uploads: Uploads) -> None:
+        """Adds one client's score to the server's."""
+        score = self.score(client, batches, client.mask, plan.state.params)
+        client.score_samples += self.score_size(batches)
+        client.score_bytes += sum(s.numel() * s.element_size() for s in score.values())
+        weight = len(self.task.partition.train_of(client.number))
+        uploads.add(uploads.score, {name: weight * value for name, value in score.items()})
+
+    def check_trained(self, plan: Plan, params: Params, mask: Masks) -> None:
+        """The contract of local training, for one client or for stacked ones."""
+        if self.contracts:
+            where = self.hooks.where("local_step")
+            self.contracts.values(where, params, mask, plan.state.frozen, plan.state.params)
+
+    def contribution(self, plan: Plan, client: Client, weight: Tensor) -> Sums:
+        """What the client adds to the sums."""
+        return self.hooks.call(
+            "contribute",
+            dict,
+            params=client.params,
+            mask=client.mask,
+            anchor=plan.state.params,
+            weight=weight,
+            carry=client.carry,
+        )
+
+    def account(
+        self, plan: Plan, client: Client, contribution: Mapping[str, Tensor], uploads: Uploads
+    ) -> None:
+        """Charges one client's training and upload, adds its buffers, and keeps its row."""
+        state, samples = plan.state, len(self.task.partition.train_of(client.number))
+        beside = {name: value for name, value in contribution.items() if name.startswith("extra/")}
+        extra = client.score_bytes + self.ledger.sidecar(beside)
+        self.ledger.train(samples * self.task.federation.local_epochs, client.score_samples)
+        self.ledger.upload(client.number, self.sent(client), client.params, client.carry.buffers, extra)
+        buffers = {name: samples * b.to(torch.float64) for name, b in client.carry.buffers.items()}
+        uploads.add(uploads.buffers, buffers)
+        uploads.samples += samples
+        if self.hooks.get("client_final"):
+            row: Memory = self.hooks.call(
+                "client_final",
+                dict,
+                params=client.params,
+                anchor=state.params,
+                carry=client.carry,
+                memory=moved_to(state.rows.get(client.number, {}), self.task.device),
+            )
+            if self.contracts:
+                self.contracts.memory(self.hooks.where("client_final"), row)
+            state.rows[client.number] = moved_to(row, "cpu")
+
+
+def cleared(client: Client, moved: Readjusted) -> Carry:
+    """The carry with optimiser state zero wherever the client's mask or value changed."""
+    changed = {
+        name: (moved.mask[name] != client.mask[name]) | (moved.params[name] != client.params[name])
+        for name in client.mask
+    }
+    state = {
+        kind: {
+            name: torch.where(changed[name], 0, value)
+            if name in changed and value.shape == changed[name].shape
+            else value
+            for name, value in entries.items()
+        }
+        for kind, entries in client.carry.state.items()
+    }
+    return Carry(client.carry.buffers, state)

@@ -1,0 +1,197 @@
+"""Workers: processes that share a round's clients, each with the whole server state.
+
+`launch` starts them on this machine through torch's elastic launcher, one CPU thread or one GPU each;
+`torchrun --no-python fedsparse run …` starts them on several. Every worker runs the same server hooks on the
+same numbers, so nothing is broadcast: a round ends with one flat all-reduce.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import ConfigError, FedsparseError, Problem, RunError
+
+GRACE = 10.0  # seconds in which a worker that lost another one waits to be ended, so that the other is named
+
+
+class Workers(NamedTuple):
+    """This process among its workers; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+
+    def deal(self, clients: Sequence[int], work: Mapping[int, int]) -> list[int]:
+        """This worker's share of the clients: the most work first, each to whom has least so far.
+
+        A client that was sampled twice trains twice on one worker. The order of `clients` is kept.
+        """
+        loads, owner = [0] * self.size, dict[int, int]()
+        times = {client: clients.count(client) for client in set(clients)} if self.size > 1 else {}
+        for client in sorted(times, key=lambda c: (-times[c] * work[c], c)):
+            owner[client] = loads.index(min(loads))
+            loads[owner[client]] += times[client] * work[client]
+        return [client for client in clients if owner.get(client, self.rank) == self.rank]
+
+    def add(self, tensors: Iterable[Tensor], numbers: Sequence[float]) -> list[float]:
+        """Sums float64 tensors over all workers, in place, and returns the summed numbers."""
+        if self.size == 1:
+            return list(numbers)
+        parts = list(tensors)
+        device = parts[0].device if parts else torch.device("cpu")
+        parts.append(torch.tensor(numbers, dtype=torch.float64, device=device))
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        with _NamingTheLost():
+            dist.all_reduce(flat)
+        for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(total.view(part.shape))
+        return [float(total) for total in parts[-1].tolist()]
+
+    def rows(self, rows: dict[int, Any]) -> dict[int, Any]:
+        """The rows of clients that any worker trained."""
+        if self.size == 1:
+            return rows
+        gathered: list[dict[int, Any]] = [{}] * self.size
+        with _NamingTheLost():
+            dist.all_gather_object(gathered, rows)
+        return {client: row for part in gathered for client, row in part.items()}
+
+    def wait(self) -> None:
+        """Returns when every worker is here."""
+        if self.size > 1:
+            with _NamingTheLost():
+                dist.barrier()
+
+
+class _NamingTheLost:
+    """A worker whose peer is gone waits for its own end, so that the launcher reports the peer."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RuntimeError):
+            time.sleep(GRACE)
+            raise RunError(f"lost another worker: {str(error).partition(chr(10))[0]}") from error
+
+
+def started_by_launcher() -> bool:
+    """Whether this process is a worker, of `launch` or of torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def join() -> Workers:
+    """Joins the workers that the environment names; alone if it names none."""
+    if not started_by_launcher():
+        return Workers()
+    if not dist.is_initialized():
+        gpus = torch.cuda.device_count()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    return Workers(dist.get_rank(), dist.get_world_size())
+
+
+def leave() -> None:
+    """Ends this process's part among the workers."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def own_device() -> torch.device:
+    """This worker's own: the GPU of its local rank, or the CPU."""
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if not gpus:
+        return torch.device("cpu")
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > gpus:
+        message = (
+            f"{os.environ['LOCAL_WORLD_SIZE']} workers on a machine with {gpus} GPUs; start at most one a "
+            "GPU, or set execution.device=cpu"
+        )
+        raise ConfigError([Problem("execution.device", message)])
+    return torch.device("cuda", local)
+
+
+def launch(workers: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls `function` in each of so many new processes and returns the first one's result.
+
+    Raises the FedsparseError that a worker raised, KeyboardInterrupt if Ctrl-C ended them, and RunError that
+    names a worker which died.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if not hasattr(os, "fork"):
+        raise RunError("--workers needs a system with fork; use torchrun --no-python fedsparse run …")
+    # Ctrl-C is the workers' business: they end the round first
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with tempfile.TemporaryDirectory(prefix="fedsparse-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=workers,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            run_id=f"fedsparse-{os.getpid()}",
+            max_restarts=0,
+            start_method="fork",  # they start with what is imported already
+        )
+        try:
+            results = elastic_launch(config, _worker)(folder, function, arguments)
+            return results[0]
+        except ChildFailedError as failed:
+            raise _reported(Path(folder), failed.failures) from None
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def _worker(folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Runs in a worker: errors that the user can mend go to the launcher by a file."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return function(*arguments)
+    except (FedsparseError, KeyboardInterrupt) as error:
+        report = {
+            "at": time.time(),
+            "interrupted": isinstance(error, KeyboardInterrupt),
+            "message": str(error),
+            "exit_code": getattr(error, "exit_code", 1),
+        }
+        path = Path(folder) / f"{os.environ['RANK']}.json"
+        path.with_suffix(".new").write_text(json.dumps(report), encoding="utf-8")
+        path.with_suffix(".new").rename(path)
+        raise SystemExit(1) from None
+
+
+def _reported(folder: Path, failures: Mapping[int, Any]) -> BaseException:
+    """The error behind failed workers: the first that one reported, else who died and how."""
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    lost = [rank for rank in failures if not (folder / f"{rank}.json").exists()]
+    if reports and not lost:
+        first = min(reports, key=lambda report: report["at"])
+        if first["interrupted"]:
+            return KeyboardInterrupt()
+        error = FedsparseError(first["message"])
+        error.exit_code = first["exit_code"]
+        return error
+    rank = min(lost)
+    failure = failures[rank]
+    code = failure.exitcode
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+    said = failure.message.get("message", "") if isinstance(failure.message, dict) else ""
+    return RunError(
+        f"worker {rank} of {os.uname().nodename} (pid {failure.pid}) {how}, and the run with it"
+        f"{f': {said}' if said and code > 0 else ''}; what was recorded stays"
+    )
