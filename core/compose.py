@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .contracts import Where, versions
 from .errors import ConfigError, FedsparseError, RunError, nearest
-from .functional import Functional
 from .hookspecs import PROJECT, SLOTS, Extras, hooks_of
 from .loss import ModelLoss
 from .method import Method
@@ -142,7 +141,7 @@ class Hooks:
             return torch.stack(terms).sum()
 
         return ModelLoss(
-            Functional(model),
+            model,
             weights if self.get("effective_params") else None,
             penalty if self.has_extra("penalty") else None,
             autocast,

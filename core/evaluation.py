@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from .functional import call
 from .layout import Layout
 from .loss import ModelLoss
 from .state import Masks, Params
@@ -25,7 +26,7 @@ def evaluate(
     task.model.eval()
     losses, hits = [], []
     for inputs, targets in task.test_batches():
-        outputs = loss.model({**weights, **buffers}, layout.arrange(inputs))
+        outputs = call(task.model, {**weights, **buffers}, layout.arrange(inputs))
         losses.append(cross_entropy(outputs, targets, reduction="sum"))
         hits.append(outputs.argmax(1) == targets)
     correct = torch.cat(hits).cpu().numpy()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -20,29 +21,36 @@ class _Place(NamedTuple):
     """as `named_parameters` or `named_buffers` names it; a shared tensor has one name and several places"""
 
 
-class Functional:
-    """A module as a function of its tensors; it is left as it was. Not for several threads at once."""
+_places: WeakKeyDictionary[nn.Module, list[_Place]] = WeakKeyDictionary()
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        names = {id(tensor): name for name, tensor in named.items()}
-        self.places = [
-            _Place(holder, key, names[id(tensor)])
-            for part in module.modules()
-            for holder in (part._parameters, part._buffers)
-            for key, tensor in holder.items()
-            if tensor is not None
-        ]
 
-    def __call__(self, tensors: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
-        """The module's output with `tensors` in the places of those that they name."""
-        own = [holder[key] for holder, key, _ in self.places]
-        try:
-            for holder, key, name in self.places:
-                holder[key] = tensors[name]
-            outputs: Tensor = self.module(*inputs)
-            return outputs
-        finally:
-            for (holder, key, _), tensor in zip(self.places, own, strict=True):
-                holder[key] = tensor
+def call(module: nn.Module, tensors: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
+    """The module's output with `tensors` in the places of all of its parameters and buffers.
+
+    The module is left as it was. Not for one module in several threads at once, and its submodules must stay
+    the same ones.
+    """
+    places = _places.get(module)
+    if places is None:
+        places = _places[module] = _find(module)
+    own = [holder[key] for holder, key, _ in places]
+    try:
+        for holder, key, name in places:
+            holder[key] = tensors[name]
+        outputs: Tensor = module(*inputs)
+        return outputs
+    finally:
+        for (holder, key, _), tensor in zip(places, own, strict=True):
+            holder[key] = tensor
+
+
+def _find(module: nn.Module) -> list[_Place]:
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    names = {id(tensor): name for name, tensor in named.items()}
+    return [
+        _Place(holder, key, names[id(tensor)])
+        for part in module.modules()
+        for holder in (part._parameters, part._buffers)
+        for key, tensor in holder.items()
+        if tensor is not None
+    ]

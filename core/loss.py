@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .dropout import KeyedDropout
-from .functional import Functional
+from .functional import call
 from .masks import is_stacked
 from .state import Batch, Carry, Masks, Params
 
@@ -27,7 +27,7 @@ class ModelLoss:
     `autocast` the model computes in that type, its parameters and the loss stay float32.
     """
 
-    model: Functional
+    model: nn.Module
     effective_params: EffectiveParams | None = None
     penalty: Penalty | None = None
     autocast: torch.dtype | None = None
@@ -45,7 +45,7 @@ class ModelLoss:
                 modes.enter_context(KeyedDropout(key))
             if self.autocast is not None:
                 modes.enter_context(casting(batch.inputs.device.type, self.autocast))
-            outputs = self.model({**weights, **moved}, batch.inputs)
+            outputs = call(self.model, {**weights, **moved}, batch.inputs)
             value = cross_entropy(outputs, batch.targets)
         return value, moved
 

@@ -14,6 +14,7 @@ from typing import Any
 from . import checkpoint, task
 from .compose import PluginError
 from .engine import Engine
+from .errors import RunError
 from .resolve import Resolved
 from .state import Report, ServerState
 from .tracking import RunFolder, refuse_taken
@@ -46,6 +47,8 @@ def run(
     if resume and out is not None:
         state, ledger = checkpoint.load(out / "checkpoint", engine.task.device)
         engine.ledger.load_state(ledger)
+        if state.round >= resolved.config.federation.rounds:
+            raise RunError(f"the run in {out} has played all of its {state.round} rounds")
     else:
         state = engine.start()
     with first_ctrl_c(engine, say):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, FedsparseError, Problem, RunError
 
+OTHER_SIGNALS = "SIGTERM,SIGHUP,SIGQUIT"  # that end the launcher; SIGINT is left to the workers
 GRACE = 10.0  # seconds in which a worker that lost another one waits to be ended, so that the other is named
 
 
@@ -133,7 +134,7 @@ def launch(workers: int, function: Callable[..., Any], *arguments: Any) -> Any:
     if not hasattr(os, "fork"):
         raise RunError("--workers needs a system with fork; use torchrun --no-python fedsparse run …")
     # Ctrl-C is the workers' business: they end the round first
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = OTHER_SIGNALS
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -148,6 +149,8 @@ def launch(workers: int, function: Callable[..., Any], *arguments: Any) -> Any:
             max_restarts=0,
             start_method="fork",  # they start with what is imported already
         )
+        if hasattr(config, "signals_to_handle"):  # newer than torch 2.8
+            config.signals_to_handle = OTHER_SIGNALS
         try:
             results = elastic_launch(config, _worker)(folder, function, arguments)
             return results[0]

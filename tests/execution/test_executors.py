@@ -1,0 +1,176 @@
+"""Executors are interchangeable: what clients compute does not depend on how they are run."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import dropout, dropout2d
+
+from fedsparse.core import functional, rng
+from fedsparse.core.dropout import KeyedDropout
+from fedsparse.core.errors import ConfigError
+
+IMAGES = {
+    "task__dataset__channels": 3,
+    "task__dataset__height": 32,
+    "task__dataset__width": 32,
+    "task__dataset__train": 90,
+    "task__partition__use": "dirichlet",
+    "federation__clients": 4,
+    "federation__rounds": 2,
+    "task__model__hidden": None,
+}
+
+
+def last(engine):
+    return list(engine.rounds(engine.start()))[-1]
+
+
+def both(make_engine, plugin="pffdst", **changes):
+    """The last reports of the sequential and of the vectorised executor."""
+    changes = {"execution__chunk": 2, **changes}
+    kinds = ("sequential", "vectorised")
+    return [last(make_engine(plugin, **{**changes, "execution__executor": kind})) for kind in kinds]
+
+
+def assert_same(one, other, atol=1e-6):
+    """Equal but for rounding: batched kernels sum in another order, by 1e-7 a step and few steps here."""
+    for name, value in one.state.params.items():
+        torch.testing.assert_close(other.state.params[name], value, atol=atol, rtol=1e-5)
+    for name, value in one.state.buffers.items():
+        torch.testing.assert_close(other.state.buffers[name], value, atol=atol, rtol=1e-5)
+    assert all(torch.equal(other.state.mask[name], mask) for name, mask in one.state.mask.items())
+    for name in ("upload_bytes_total", "download_bytes_total", "flops_total", "samples"):
+        assert one.metrics[name] == other.metrics[name]
+    assert other.metrics["train_loss"] == pytest.approx(one.metrics["train_loss"], rel=1e-5)
+
+
+def test_dropout_draws_the_same_in_both(make_engine):
+    changes = IMAGES | {"task__model__use": "cifar-cnn"}
+    assert_same(*both(make_engine, "feddst", method__readjust__period=1, **changes))
+
+
+def test_batch_normalisation_sees_whole_minibatches(make_engine):
+    """Clients of one step have minibatches of several sizes, none of which may be filled up."""
+    changes = IMAGES | {"task__model__use": "resnet18", "task__model__width": 2, "federation__rounds": 1}
+    reports = both(make_engine, **changes)
+    assert reports[0].state.buffers
+    assert_same(*reports, atol=1e-4)  # statistics of 4 samples amplify rounding
+
+
+def test_a_client_that_is_sampled_twice_trains_twice_in_a_row(make_engine):
+    changes = {"federation__replacement": True, "federation__clients": 3, "federation__rounds": 4}
+    reports = both(make_engine, "scaffold", federation__clients_per_round=3, **changes)
+    assert len(set(reports[0].metrics["clients"])) < 3 or reports[0].metrics["samples"] > 0
+    assert_same(*reports)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+def test_chunks_of_any_size_give_the_same(make_engine, chunk):
+    assert_same(*both(make_engine, "feddst", execution__chunk=chunk, federation__rounds=4))
+
+
+def test_client_order_and_chunks_do_not_show_in_the_sums(make_engine):
+    """Sums are float64: float32 results agree to the bit when the same values come in another order."""
+    results = []
+    for backwards in (False, True):
+        engine = make_engine("feddst", federation__rounds=1, federation__clients_per_round=6)
+        train = engine.executor.train_all
+
+        def reordered(plan, clients, uploads, train=train, backwards=backwards):
+            train(plan, clients[::-1] if backwards else clients, uploads)
+
+        engine.executor.train_all = reordered
+        results.append(last(engine).state.params)
+    assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
+
+
+def test_channels_last_changes_nothing_but_the_order_in_memory(make_engine):
+    changes = IMAGES | {"task__model__use": "lenet", "sparsity__target": 0.5}
+    reports = [
+        last(make_engine("scaffold", execution__channels_last=setting, **changes))
+        for setting in ("on", "off")
+    ]
+    assert_same(*reports)
+    assert all(p.is_contiguous() for p in reports[0].state.params.values())
+
+
+def test_bfloat16_computes_roughly_and_keeps_float32_parameters(make_engine):
+    reports = [
+        last(make_engine(execution__precision=precision, federation__rounds=2))
+        for precision in ("float32", "bfloat16")
+    ]
+    losses = [report.metrics["train_loss"] for report in reports]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)  # 8 bits of mantissa
+    assert all(p.dtype == torch.float32 for p in reports[1].state.params.values())
+
+
+@pytest.mark.parametrize("function", [dropout, dropout2d])
+def test_keyed_dropout_is_dropout(function):
+    inputs = torch.ones(40, 30, 5, 5)
+    with KeyedDropout(rng.key(0)):
+        out, again, off = function(inputs, 0.3), function(inputs, 0.3), function(inputs, 0.3, False)
+        everything, nothing = function(inputs, 0.0), function(inputs, 1.0)
+    values = out.unique()
+    torch.testing.assert_close(values, torch.tensor([0.0, 1 / 0.7]))
+    # 1,200 channels or 30,000 entries: 5 standard deviations
+    kept = (out != 0).float().mean()
+    assert abs(kept - 0.7) < 5 * (0.21 / (1200 if function is dropout2d else 30000)) ** 0.5
+    if function is dropout2d:
+        assert (out == out[:, :, :1, :1]).all()
+    assert not torch.equal(out, again)  # another stream each call
+    assert torch.equal(off, inputs) and torch.equal(everything, inputs) and not nothing.any()
+    with KeyedDropout(rng.key(0)):
+        assert torch.equal(out, function(inputs, 0.3))
+
+
+def test_keyed_dropout_under_vmap_equals_the_loop():
+    inputs, keys = torch.randn(3, 4, 5), torch.stack([rng.key(k) for k in range(3)])
+
+    def drop(x, key):
+        with KeyedDropout(key):
+            return dropout(x, 0.5)
+
+    stacked = torch.func.vmap(drop)(inputs, keys)
+    assert all(torch.equal(stacked[k], drop(inputs[k], keys[k])) for k in range(3))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.two.weight = self.one.weight
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(self.two(self.one(x)))
+
+
+def test_a_call_with_other_tensors_equals_functional_call_and_leaves_the_module_alone():
+    model = Tied()
+    before = copy.deepcopy(model.state_dict())
+    tensors = {name: t + 1 for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    x = torch.randn(5, 3)
+    expected = functional_call(model, {n: t.clone() for n, t in tensors.items()}, (x,))
+    assert torch.equal(functional.call(model, {n: t.clone() for n, t in tensors.items()}, x), expected)
+    with pytest.raises(RuntimeError):
+        functional.call(model, tensors, torch.randn(5, 4))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.two.weight is model.one.weight
+
+
+def test_auto_is_sequential_on_a_cpu_and_says_why(make_engine):
+    engine = make_engine()
+    assert type(engine.executor).__name__ == "Sequential"
+    assert "fastest on a CPU" in engine.why
+    engine = make_engine(execution__executor="vectorised", execution__chunk=2)
+    assert engine.why == "as set; 2 of 3 clients at once"
+    assert make_engine(execution__executor="vectorised").executor.size == 3
+
+
+def test_unknown_executors_are_refused(make_engine):
+    with pytest.raises(ConfigError, match=r"execution.executor"):
+        make_engine(execution__executor="fast")

@@ -1,0 +1,183 @@
+"""Several workers: the numbers of one, clients dealt evenly, and ends that say what happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fedsparse.core.errors import RunError
+from fedsparse.core.execution.workers import Workers, join, launch, leave
+from fedsparse.core.registry import Registry
+
+COMMAND = [sys.executable, "-c", "from fedsparse.cli.main import main; main()"]
+TASK = [
+    "task.dataset.use=synthetic", "task.dataset.train=120", "task.dataset.test=40", "task.model.use=mlp",
+    "task.partition.use=iid", "federation.clients=6", "federation.clients_per_round=3",
+    "federation.rounds=6", "output.checkpoint_every=2", "output.evaluate_every=2",
+]  # fmt: skip
+TINY = [word for setting in TASK for word in ("--set", setting)]
+
+
+def test_clients_are_dealt_by_work_and_all_of_them_once():
+    work = {1: 900, 2: 100, 3: 500, 4: 450, 5: 10, 6: 40}
+    clients = [6, 1, 5, 2, 4, 3]
+    shares = [Workers(rank, 2).deal(clients, work) for rank in range(2)]
+    assert shares == [[1, 2], [6, 5, 4, 3]]  # 900 + 100 against 500 + 450 + 40 + 10
+    assert Workers().deal(clients, work) == clients
+
+
+def test_a_client_sampled_twice_stays_on_one_worker():
+    shares = [Workers(rank, 2).deal([4, 1, 4, 2], {1: 5, 2: 5, 4: 5}) for rank in range(2)]
+    assert shares == [[4, 4], [1, 2]]
+
+
+def rounds_of_every_method(make_engine, names):
+    """Runs in a worker: final parameters and metrics by method, as plain values."""
+    join()
+    torch.set_num_threads(1)
+    try:
+        return {name: rounds(make_engine, name) for name in names}
+    finally:
+        leave()
+
+
+def rounds(make_engine, name):
+    changes = {"method__readjust__period": 1} if name in ("feddst", "pffdst") else {}
+    engine = make_engine(name, federation__rounds=4, task__partition__use="dirichlet", **changes)
+    report = list(engine.rounds(engine.start()))[-1]
+    metrics = {k: v for k, v in report.metrics.items() if k != "seconds"}
+    params = {name: p.numpy() for name, p in report.state.params.items()}
+    return params, {name: m.numpy() for name, m in report.state.mask.items()}, metrics
+
+
+NAMES = Registry().names()
+
+
+@pytest.fixture(scope="module")
+def by_two(make_engine):
+    return launch(2, rounds_of_every_method, make_engine, NAMES)
+
+
+@pytest.mark.parametrize("plugin", NAMES)
+def test_two_workers_give_the_results_of_one(make_engine, by_two, plugin):
+    """Sums are float64, so even their order does not show; losses are float64 sums themselves."""
+    params, mask, metrics = rounds(make_engine, plugin)
+    others = by_two[plugin]
+    for name, value in params.items():
+        torch.testing.assert_close(
+            torch.from_numpy(others[0][name]), torch.from_numpy(value), rtol=1e-6, atol=1e-7
+        )
+    assert all((others[1][name] == m).all() for name, m in mask.items())
+    losses = {"train_loss", "test_loss"}
+    assert {k: v for k, v in others[2].items() if k not in losses} == {
+        k: v for k, v in metrics.items() if k not in losses
+    }
+    assert others[2]["train_loss"] == pytest.approx(metrics["train_loss"], rel=1e-6)
+
+
+def fails(kind):
+    rank = join().rank
+    if rank == 1 and kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1 and kind == "error":
+        raise RunError("client 7 has no data")
+    Workers(rank, 2).wait()
+
+
+def test_a_killed_worker_is_named():
+    with pytest.raises(RunError, match=r"worker 1 of \S+ \(pid \d+\) was killed by SIGKILL"):
+        launch(2, fails, "killed")
+
+
+def test_an_error_of_a_worker_is_the_error_of_the_run():
+    with pytest.raises(Exception, match=r"^client 7 has no data$"):
+        launch(2, fails, "error")
+
+
+def fedsparse(*words, **options):
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=120, **options)
+
+
+def lines(folder):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+
+
+DIES = """
+import os, signal
+from fedsparse import Method, Part, hookimpl
+
+class Dies(Part):
+    @hookimpl
+    def penalty(self, params):
+        if os.path.exists("die"):
+            os.remove("die")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return sum(p.sum() * 0 for p in params.values())
+
+    @hookimpl
+    def on_round_end(self, report):
+        if report.metrics["round"] == 3 and os.path.exists("arm"):
+            os.rename("arm", "die")
+
+METHOD = Method("dies", extras=(Dies(),))
+"""
+
+
+def test_a_run_whose_worker_died_is_named_and_resumes_bit_identical(tmp_path):
+    (tmp_path / "dies.py").write_text(DIES)
+    (tmp_path / "arm").touch()
+    arguments = ["run", "--plugin", "./dies.py", *TINY, "--workers", "2", "--quiet"]
+    died = fedsparse(*arguments, "--out", "a", cwd=tmp_path)
+    assert died.returncode == 1
+    assert "was killed by SIGKILL" in died.stderr
+    assert "Traceback" not in died.stderr
+    assert len(lines(tmp_path / "a")) == 4
+    resumed = fedsparse("resume", "a", "--workers", "2", "--quiet", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    whole = fedsparse(*arguments[:-3], "--out", "b", "--quiet", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["workers"] == 2
+
+
+def test_ctrl_c_ends_all_workers_after_the_round(tmp_path):
+    sets = [*TINY, "--set", "federation.rounds=100000"]
+    command = [*COMMAND, "run", *sets, "--workers", "2", "--out", "c"]
+    run = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    metrics, waited = tmp_path / "c" / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < waited:
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    out, error = run.communicate(timeout=60)
+    assert run.returncode == 130, (out, error)
+    summary = json.loads((tmp_path / "c" / "summary.json").read_text())
+    assert summary["interrupted"]
+    assert summary["rounds"] == len(lines(tmp_path / "c"))
+    assert (tmp_path / "c" / "checkpoint" / "state.json").exists()
+
+
+def test_more_workers_than_clients_a_round_is_refused(tmp_path):
+    refused = fedsparse("run", *TINY, "--workers", "4", "--out", "d", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "4 workers for 3 clients a round" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "d").exists()
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path):
+    (tmp_path / "e").mkdir()
+    refused = fedsparse("resume", "e", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "config.toml" in refused.stderr
+    assert fedsparse("run", *TINY, "--quiet", "--out", "f", cwd=tmp_path).returncode == 0
+    done = fedsparse("resume", "f", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "has played all of its 6 rounds" in done.stderr
