@@ -139,15 +139,15 @@ def choose_view(quiet: bool) -> View:
 def header(engine: Engine, folder: RunFolder) -> list[str]:
     """What runs, in a few lines."""
     config, task, resolved = engine.config, engine.task, folder.resolved
-    sizes, federation = task.partition.train_sizes, config.federation
+    (least, most), federation = task.partition.train_range, config.federation
     uses = {slot: resolved.uses[f"method.{slot}"] for slot in SLOTS}
     parts = [f"{slot}={use}" for slot, use in uses.items() if not use.startswith(f"{DEFAULT_PLUGIN}:")]
     rest = f"{DEFAULT_PLUGIN}'s parts" if len(parts) < len(uses) else ""
     weights = sum(layer.weights for layer in task.layers)
     lines = [
         f"[bold]{escape(resolved.method.name):<7}[/bold] {escape(', '.join(filter(None, [*parts, rest])))}",
-        f"task    {resolved.uses['task.dataset']}, {task.partition.clients} clients with {sizes.min()} to "
-        f"{sizes.max()} samples ({resolved.uses['task.partition']}), {federation.clients_per_round} a round",
+        f"task    {resolved.uses['task.dataset']}, {task.partition.clients} clients with {least} to "
+        f"{most} samples ({resolved.uses['task.partition']}), {federation.clients_per_round} a round",
         f"model   {resolved.uses['task.model']}, {weights:,} prunable weights, target sparsity "
         f"{config.sparsity.target:g} ({config.sparsity.allocation})",
         f"run     {federation.rounds} rounds on {task.device}, seed {config.seed}, into {folder.path}",

@@ -220,7 +220,7 @@ class Engine:
             mask=state.mask,
             frozen=state.frozen,
             budget=budget,
-            pool_samples=len(self.task.partition.train_indices),
+            pool_samples=self.task.partition.pool_samples,
             key=self.key("aggregate", state.round),
             memory=state.memory.get("aggregate", {}),
         )

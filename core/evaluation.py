@@ -19,8 +19,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracies as fractions in [0, 1], and the mean cross-entropy.
 
-    `test_accuracy` is over the pooled test set; `client_accuracy` the unweighted mean over all clients of
-    the accuracy on the client's own test samples (the papers' metric).
+    `test_accuracy` is over the pooled test set; `client_accuracy` the unweighted mean over all clients, or a
+    fixed sample of a `drawn` pool, of the accuracy on the client's own test samples (the papers' metric).
     """
     weights = loss.weights(params, mask)
     task.model.eval()
@@ -30,10 +30,10 @@ def evaluate(
         losses.append(cross_entropy(outputs, targets, reduction="sum"))
         hits.append(outputs.argmax(1) == targets)
     correct = torch.cat(hits).cpu().numpy()
-    partition = task.partition
-    own = np.add.reduceat(correct[partition.test_indices].astype(np.int64), partition.test_offsets[:-1])
+    indices, offsets = task.partition.tested
+    own = np.add.reduceat(correct[indices].astype(np.int64), offsets[:-1])
     return {
         "test_accuracy": float(correct.mean()),
         "test_loss": float(torch.stack(losses).sum()) / len(correct),
-        "client_accuracy": float((own / partition.test_sizes).mean()),
+        "client_accuracy": float((own / np.diff(offsets)).mean()),
     }

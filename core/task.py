@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import rng
 from .budget import Layer
 from .config import FederationConfig, RunConfig, SparsityConfig
-from .data import Dataset, Partition
+from .data import Dataset, Pool
 from .data.dataset import MARGIN, crop_flip
 from .data.partition import PartitionRule
 from .data.source import Source
@@ -33,7 +33,7 @@ class Task:
     """
 
     dataset: Dataset
-    partition: Partition
+    partition: Pool
     model: nn.Module
     layers: tuple[Layer, ...]
     federation: FederationConfig

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ..component import Component
 from .dataset import Dataset
-from .partition import Dirichlet, Iid, Partition, Shards
+from .partition import Dirichlet, Iid, Partition, Pool, Shards
 from .partition_by_user import ByUser
+from .partition_drawn import Drawn
 from .partitions_by_class import ClassDisjoint, Lda
 from .sources import DATASETS
 
@@ -16,7 +17,8 @@ PARTITIONS: dict[str, type[Component]] = {
     "lda": Lda,
     "class-disjoint": ClassDisjoint,
     "by-user": ByUser,
+    "drawn": Drawn,
 }
 """Partitions by the name that a configuration uses; every entry is a `PartitionRule`."""
 
-__all__ = ["DATASETS", "PARTITIONS", "Dataset", "Partition"]
+__all__ = ["DATASETS", "PARTITIONS", "Dataset", "Partition", "Pool"]

@@ -1,13 +1,14 @@
 """Partitions: which client owns which samples.
 
-A partition is index arrays, so that 100,000 clients cost no more than their indices; nothing here loops
-over samples.
+`Pool` is what a run asks of it, one client at a time. A `Partition` is index arrays, so that 100,000 clients
+cost no more than their indices; nothing here loops over samples.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,53 @@ from ..errors import ConfigError, Problem
 Indices = npt.NDArray[np.int64]
 
 
+class Tested(NamedTuple):
+    """Clients on whom the model is tested: the i-th has `indices[offsets[i]:offsets[i + 1]]`, one or more.
+
+    Both int64; `offsets` has one entry more than there are such clients.
+    """
+
+    indices: Indices
+    offsets: Indices
+
+
+class Pool(ABC):
+    """Which client owns which samples. Clients are numbered from 0 and have train and test samples each.
+
+    A round calls nothing here that takes time or memory by the number of clients, but for `tested`.
+    """
+
+    @property
+    @abstractmethod
+    def clients(self) -> int:
+        """Clients that can be sampled."""
+
+    @property
+    @abstractmethod
+    def pool_samples(self) -> int:
+        """Train samples of all clients together: the sum of the lengths of `train_of`."""
+
+    @property
+    @abstractmethod
+    def train_range(self) -> tuple[int, int]:
+        """Train samples of the client that has least, and of the one that has most."""
+
+    @property
+    @abstractmethod
+    def tested(self) -> Tested:
+        """Test samples of the clients over whom `client_accuracy` is taken: all, or a fixed sample."""
+
+    @abstractmethod
+    def train_of(self, k: int) -> Indices:
+        """Train indices of client `k`, in the order in which minibatches are cut; not to be written to."""
+
+    @abstractmethod
+    def test_of(self, k: int) -> Indices:
+        """Test indices of client `k`; not to be written to."""
+
+
 @dataclass(frozen=True, eq=False)
-class Partition:
+class Partition(Pool):
     """Sample indices of each client: client k owns `train_indices[train_offsets[k]:train_offsets[k + 1]]`.
 
     The same holds for test. All arrays are int64; offsets have one entry more than there are clients. Every
@@ -36,6 +82,20 @@ class Partition:
     def clients(self) -> int:
         """Clients that can be used: those that were left without train or test samples are not counted."""
         return len(self.train_offsets) - 1
+
+    @property
+    def pool_samples(self) -> int:
+        return len(self.train_indices)
+
+    @property
+    def train_range(self) -> tuple[int, int]:
+        sizes = self.train_sizes
+        return int(sizes.min()), int(sizes.max())
+
+    @property
+    def tested(self) -> Tested:
+        """Every client."""
+        return Tested(self.test_indices, self.test_offsets)
 
     @property
     def train_sizes(self) -> Indices:
@@ -62,7 +122,7 @@ class PartitionRule(Component, ABC):
     @abstractmethod
     def split(
         self, train_targets: Indices, test_targets: Indices, clients: int, rng: np.random.Generator
-    ) -> Partition:
+    ) -> Pool:
         """Divide samples with these labels (int64 (n,)) among `clients` clients.
 
         The same `rng` state gives the same partition. Raises `ConfigError` if the samples do not suffice.

@@ -11,7 +11,7 @@ from fedsparse.core.errors import ConfigError
 
 CIFAR_TRAIN = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 5000))
 CIFAR_TEST = np.random.default_rng(1).permutation(np.repeat(np.arange(10), 1000))
-WITHOUT_FILES = [name for name in PARTITIONS if name != "by-user"]
+WITHOUT_FILES = [name for name in PARTITIONS if name not in ("by-user", "drawn")]  # drawn gives samples twice
 
 
 def split(
