@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from . import rng
 WHOLE_CHANNELS = (functional.dropout1d, functional.dropout2d, functional.dropout3d)
 
 
-def drops(model: nn.Module) -> bool:
-    """Whether a model has dropout layers."""
-    return any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules())
+def drops(model: nn.Module, input_shape: Sequence[int]) -> bool:
+    """Whether a model drops anything in training; found by a pass of a copy that computes nothing."""
+    twin = copy.deepcopy(model).to("meta").train()
+    with torch.no_grad(), KeyedDropout(torch.empty((), dtype=torch.int64, device="meta")) as mode:
+        twin(torch.empty(2, *input_shape, device="meta"))
+        return bool(mode.calls)
 
 
 class KeyedDropout(TorchFunctionMode):

@@ -6,7 +6,7 @@ The places of a module's tensors are found once and not at every call, which cos
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class _Place(NamedTuple):
     """Where a module keeps a tensor."""
 
-    holder: dict[str, Tensor | None]
+    holder: dict[str, Any]
     key: str
     name: str
     """as `named_parameters` or `named_buffers` names it; a shared tensor has one name and several places"""

@@ -73,8 +73,7 @@ class Sequential(Executor):
             return
         state, score = plan.state, {}
         if self.needs_score:
-            score = self.score(client, batches, client.mask, state.params)
-            client.score_samples += self.score_size(batches)
+            score = self.score(plan, client, clock, batches)
         key = torch.tensor(self.readjust_key(clock, client.number), device=self.task.device)
         moved = self.readjusted(plan, client, clock, score, key)
         if self.contracts:

@@ -54,7 +54,7 @@ class Executor(ABC):
         self.step = hooks.found["local_step"]
         self.needs_score = hooks.takes("readjust", "score")
         self.needs_key = hooks.takes("local_step", "key")
-        self.drops = drops(task.model)
+        self.drops = drops(task.model, task.dataset.input_shape)
 
     def train(self, plan: Plan, clients: Sequence[int]) -> Uploads:
         """One round of local training of these clients. The server's tensors come back as they were."""
@@ -157,10 +157,14 @@ class Executor(ABC):
         """The stream of a client's readjustment."""
         return rng.number(self.task.seed, "readjust", clock.round, number, clock.epoch)
 
-    def score(self, client: Client, batches: Sequence[Batch], mask: Masks, anchor: Params) -> Scores:
+    def score(self, plan: Plan, client: Client, clock: Clock, batches: Sequence[Batch]) -> Scores:
         """The growth score of one client's dense gradient on its last minibatches."""
-        used = batches[-self.hooks.score_batches :]
-        loss = ClientLoss(self.loss, mask, anchor)
+        used, key = batches[-self.hooks.score_batches :], None
+        if self.drops:
+            path = (clock.round, client.number, clock.epoch)
+            key = rng.key(self.task.seed, "dropout", "score", *path, device=self.task.device)
+        loss = ClientLoss(self.loss, client.mask, plan.state.params, key)
+        client.score_samples += sum(len(batch.targets) for batch in used)
         gradient = loss.dense_grad(client.params, client.carry, used)
         gradient = {name: gradient[name] for name in client.mask}
         if not self.hooks.get("grow_score"):
@@ -170,18 +174,13 @@ class Executor(ABC):
             self.contracts.scores(self.hooks.where("grow_score"), score)
         return score
 
-    def score_size(self, batches: Sequence[Batch]) -> int:
-        """Samples behind a score."""
-        return sum(len(batch.targets) for batch in batches[-self.hooks.score_batches :])
-
     def collects_score(self, plan: Plan) -> bool:
         """Whether the server will readjust by the clients' scores in this round."""
         return self.hooks.site == "server:end" and self.needs_score and self.due(plan.clock, plan.budget)
 
     def add_score(self, plan: Plan, client: Client, batches: Sequence[Batch], uploads: Uploads) -> None:
         """Adds one client's score to the server's."""
-        score = self.score(client, batches, client.mask, plan.state.params)
-        client.score_samples += self.score_size(batches)
+        score = self.score(plan, client, plan.clock, batches)
         client.score_bytes += sum(s.numel() * s.element_size() for s in score.values())
         weight = len(self.task.partition.train_of(client.number))
         uploads.add(uploads.score, {name: weight * value for name, value in score.items()})

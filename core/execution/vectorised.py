@@ -188,11 +188,7 @@ class Vectorised(Executor):
             return
         state, scores = plan.state, Scores()
         if self.needs_score:
-            each = []
-            for at, own in enumerate(batches):
-                client = chunk.one(at)
-                each.append(self.score(client, own, client.mask, state.params))
-                client.score_samples += self.score_size(own)
+            each = [self.score(plan, chunk.one(at), clock, own) for at, own in enumerate(batches)]
             scores = pytree.tree_map(lambda *own: torch.stack(own), *each)
         numbers = [self.readjust_key(clock, client.number) for client in chunk.clients]
         keys = torch.tensor(numbers, device=self.task.device)

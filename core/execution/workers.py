@@ -55,7 +55,7 @@ class Workers(NamedTuple):
         flat = torch.cat([part.reshape(-1) for part in parts])
         with _NamingTheLost():
             dist.all_reduce(flat)
-        for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+        for part, total in zip(parts, torch.split(flat, [part.numel() for part in parts]), strict=True):
             part.copy_(total.view(part.shape))
         return [float(total) for total in parts[-1].tolist()]
 

@@ -676,8 +676,8 @@ def test_server_scores_are_weighted_by_samples_and_charged(make_resolved):
     )
     given, score = [], engine.executor.score
 
-    def watched(client, batches):
-        found = score(client, batches)
+    def watched(plan, client, clock, batches):
+        found = score(plan, client, clock, batches)
         given.append((len(engine.task.partition.train_of(client.number)), found["fc1.weight"]))
         return found
 
