@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from .contracts import Where, versions
 from .errors import ConfigError, FedsparseError, RunError, nearest
 from .hookspecs import PROJECT, SLOTS, Extras, hooks_of
+from .ledger import Traffic
 from .loss import ModelLoss
 from .method import Method
 from .part import KNOWN, PROMISES, Part, is_hook
@@ -146,6 +148,13 @@ class Hooks:
             penalty if self.has_extra("penalty") else None,
             autocast,
         )
+
+    def paper_bytes(self, traffic: Traffic) -> float:
+        """A client's round by the method's own formula."""
+        count = self.extra("paper_bytes", traffic=traffic)
+        if not isinstance(count, int | float) or not math.isfinite(count):
+            raise self.where_extra("paper_bytes").breach(f"returned {count!r}; expected a number")
+        return float(count)
 
     def has_extra(self, name: str) -> bool:
         """Whether any part implements an extra hook."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,14 +12,14 @@ from . import masks, rng
 from .budget import Budget
 from .compose import compose
 from .contracts import Contracts
-from .errors import ConfigError, Problem, RunError
 from .evaluation import evaluate
 from .execution import workers
 from .execution.choose import choose
 from .execution.exchange import Plan, Uploads
 from .layout import choose_layout
-from .ledger import Ledger, Traffic, forward_macs, paper_bytes
+from .ledger import Ledger, forward_macs, paper_bytes
 from .loss import Probe
+from .metrics import measured
 from .resolve import Resolved
 from .schedule import learning_rate
 from .state import Aggregated, Best, Clock, Frozen, Masks, Readjusted, Report, ServerState
@@ -51,20 +50,14 @@ class Engine:
             self.params,
             self.buffers,
             macs,
-            paper=self.paper_bytes if self.hooks.has_extra("paper_bytes") else paper_bytes,
+            paper=self.hooks.paper_bytes if self.hooks.has_extra("paper_bytes") else paper_bytes,
             encode=self.config.ledger.encode,
         )
         self.layout = choose_layout(execution.channels_last, task.model, task.device)
         self.executor, self.why = choose(
             execution, task, self.hooks, self.loss, self.ledger, self.contracts, self.layout
         )
-        self.workers = workers.join()
-        if self.workers.size > self.config.federation.clients_per_round:
-            message = (
-                f"{self.workers.size} workers for {self.config.federation.clients_per_round} clients a "
-                "round; start at most one a client"
-            )
-            raise ConfigError([Problem("federation.clients_per_round", message)])
+        self.workers = workers.join(self.config.federation.clients_per_round)
         self.stop = False  # set from outside: the run ends after this round
 
     def start(self) -> ServerState:
@@ -262,27 +255,8 @@ class Engine:
         self, state: ServerState, before: Masks, clients: list[int], uploads: Uploads, clock: Clock
     ) -> dict[str, Any]:
         """The round's line of `metrics.jsonl`, without its seconds."""
-        names = self.prunable
-        total = sum(layer.weights for layer in self.task.layers)
-        now = self.sent(state)
-        active = sum(masks.active(now).values())
-        still = sum(masks.active({name: state.frozen[name] for name in names}).values())
-        both = sum(masks.active({name: now[name] & before[name] for name in names}).values())
-        either = sum(masks.active({name: now[name] | before[name] for name in names}).values())
-        means = {name: float(value) / uploads.steps_weight for name, value in uploads.metrics.items()}
-        if not math.isfinite(means["loss"]):
-            raise RunError(f"round {clock.round}: the loss is {means['loss']}; lower the learning rate")
-        line: dict[str, Any] = {
-            "round": clock.round,
-            **{f"train_{name}": value for name, value in means.items()},
-            "sparsity": 1 - active / total,
-            "frozen_fraction": still / active if active else 0.0,
-            **self.ledger.metrics(),
-            "mask_changed": either - both,
-            "mask_iou": both / either if either else 1.0,
-            "clients": clients,
-            "samples": uploads.samples,
-        }
+        line = measured(state, before, self.sent(state), self.prunable, uploads, clock)
+        line |= {**self.ledger.metrics(), "clients": clients, "samples": uploads.samples}
         every = self.config.output.evaluate_every
         if (clock.round + 1) % every == 0 or clock.round + 1 == clock.rounds:
             params = self.layout.params(state.params)
@@ -300,13 +274,6 @@ class Engine:
     def sent(self, state: ServerState) -> Masks:
         """The weights that the global model has: its mask, or its support if that is what is sent."""
         return state.mask if self.hooks.sends == "mask" else masks.support(state.params, state.mask)
-
-    def paper_bytes(self, traffic: Traffic) -> float:
-        """A client's round by the method's own formula."""
-        count = self.hooks.extra("paper_bytes", traffic=traffic)
-        if not isinstance(count, int | float) or not math.isfinite(count):
-            raise self.hooks.where_extra("paper_bytes").breach(f"returned {count!r}; expected a number")
-        return float(count)
 
     def clock(self, round_: int) -> Clock:
         """Server time."""

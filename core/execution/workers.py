@@ -92,14 +92,21 @@ def started_by_launcher() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def join() -> Workers:
-    """Joins the workers that the environment names; alone if it names none."""
+def join(clients_per_round: int | None = None) -> Workers:
+    """Joins the workers that the environment names; alone if it names none.
+
+    Raises ConfigError if some would have no client.
+    """
     if not started_by_launcher():
         return Workers()
     if not dist.is_initialized():
         gpus = torch.cuda.device_count()
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-    return Workers(dist.get_rank(), dist.get_world_size())
+    me = Workers(dist.get_rank(), dist.get_world_size())
+    if clients_per_round is not None and me.size > clients_per_round:
+        message = f"{me.size} workers for {clients_per_round} clients a round; start at most one a client"
+        raise ConfigError([Problem("federation.clients_per_round", message)])
+    return me
 
 
 def leave() -> None:

@@ -437,6 +437,7 @@ def without_torch(code, **environment):
 COMMANDS = [
     [],
     ["run"],
+    ["resume"],
     ["plugins"],
     ["plugins", "show"],
     ["config"],

@@ -686,7 +686,7 @@ def test_server_scores_are_weighted_by_samples_and_charged(make_resolved):
 
     def kept(state, site, budget, clock, uploads=None):
         if uploads is not None and uploads.score:
-            seen.append(uploads.score["fc1.weight"] / uploads.samples)
+            seen.append(uploads.mean_score()["fc1.weight"])
         readjust(state, site, budget, clock, uploads)
 
     engine.readjust = kept

@@ -202,8 +202,8 @@ def test_rigl_on_the_server_takes_the_mean_before_the_magnitude(make_engine):
     gradients, seen = [], {}
     score = executor.score
 
-    def watched_score(client, batches):
-        found = score(client, batches)
+    def watched_score(plan, client, clock, batches):
+        found = score(plan, client, clock, batches)
         gradients.append((len(engine.task.partition.train_of(client.number)), found))
         return found
 

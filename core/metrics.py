@@ -1,0 +1,37 @@
+"""What a round's line of `metrics.jsonl` says of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from . import masks
+from .errors import RunError
+from .execution.exchange import Uploads
+from .state import Clock, Masks, ServerState
+
+
+def measured(
+    state: ServerState, before: Masks, now: Masks, prunable: Sequence[str], uploads: Uploads, clock: Clock
+) -> dict[str, Any]:
+    """Training metrics, sparsity, frozen fraction, and how the mask moved from `before` to `now`.
+
+    Counts are over prunable weights. Raises RunError if the training loss is not finite.
+    """
+    means = {name: float(value) / uploads.steps_weight for name, value in uploads.metrics.items()}
+    if not math.isfinite(means["loss"]):
+        raise RunError(f"round {clock.round}: the loss is {means['loss']}; lower the learning rate")
+    total = sum(mask.numel() for mask in now.values())
+    active = sum(masks.active(now).values())
+    still = sum(masks.active({name: state.frozen[name] for name in prunable}).values())
+    both = sum(masks.active({name: now[name] & before[name] for name in prunable}).values())
+    either = sum(masks.active({name: now[name] | before[name] for name in prunable}).values())
+    return {
+        "round": clock.round,
+        **{f"train_{name}": value for name, value in means.items()},
+        "sparsity": 1 - active / total,
+        "frozen_fraction": still / active if active else 0.0,
+        "mask_changed": either - both,
+        "mask_iou": both / either if either else 1.0,
+    }
