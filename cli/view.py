@@ -169,7 +169,7 @@ def execution(engine: Engine) -> str:
     """How the clients are trained, and why so."""
     size = engine.workers.size
     said = [f"{type(engine.executor).__name__.lower()} ({engine.why})"]
-    said += ["channels last"] if engine.layout.channels_last else []
+    said += ["channels last"] if engine.task.layout.channels_last else []
     said += [f"{size} workers"] if size > 1 else []
     return ", ".join(said)
 

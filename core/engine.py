@@ -16,7 +16,6 @@ from .evaluation import evaluate
 from .execution import workers
 from .execution.choose import choose
 from .execution.exchange import Plan, Uploads
-from .layout import choose_layout
 from .ledger import Ledger, forward_macs, paper_bytes
 from .loss import Probe
 from .metrics import measured
@@ -53,10 +52,7 @@ class Engine:
             paper=self.hooks.paper_bytes if self.hooks.has_extra("paper_bytes") else paper_bytes,
             encode=self.config.ledger.encode,
         )
-        self.layout = choose_layout(execution.channels_last, task.model, task.device)
-        self.executor, self.why = choose(
-            execution, task, self.hooks, self.loss, self.ledger, self.contracts, self.layout
-        )
+        self.executor, self.why = choose(execution, task, self.hooks, self.loss, self.ledger, self.contracts)
         self.workers = workers.join(self.config.federation.clients_per_round)
         self.stop = False  # set from outside: the run ends after this round
 
@@ -259,8 +255,7 @@ class Engine:
         line |= {**self.ledger.metrics(), "clients": clients, "samples": uploads.samples}
         every = self.config.output.evaluate_every
         if (clock.round + 1) % every == 0 or clock.round + 1 == clock.rounds:
-            params = self.layout.params(state.params)
-            line |= evaluate(self.task, self.loss, self.layout, params, state.buffers, state.mask)
+            line |= evaluate(self.task, self.loss, state.params, state.buffers, state.mask)
             self.keep_best(state, line["client_accuracy"])
         return line
 

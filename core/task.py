@@ -21,6 +21,7 @@ from .data.partition import PartitionRule
 from .data.source import Source
 from .errors import ConfigError, Problem, nearest
 from .execution.workers import own_device
+from .layout import Layout, choose_layout
 from .models.architecture import Architecture
 from .state import Batch, Params
 
@@ -39,6 +40,7 @@ class Task:
     federation: FederationConfig
     seed: int
     device: torch.device
+    layout: Layout
     augment: Literal["none", "crop-flip"] = "none"
 
     def initial(self) -> tuple[Params, Params]:
@@ -76,7 +78,7 @@ class Task:
         if self.federation.shuffle:
             indices = rng.generator(self.seed, "batches", round_, client, epoch).permutation(indices)
         chosen = torch.from_numpy(np.ascontiguousarray(indices)).to(self.device)
-        stored = self.dataset.train_inputs[chosen]
+        stored = self.dataset.train(chosen)
         if self.augment == "crop-flip":
             stream = rng.key(self.seed, "augment", round_, client, epoch, device=self.device)
             stored = crop_flip(stored, stream)
@@ -92,9 +94,7 @@ class Task:
         total = len(self.dataset.train_targets)
         drawn = rng.generator(self.seed, "probe").choice(total, min(count, total), replace=False)
         chosen = torch.from_numpy(drawn).to(self.device)
-        return Batch(
-            self.dataset.normalise(self.dataset.train_inputs[chosen]), self.dataset.train_targets[chosen]
-        )
+        return Batch(self.dataset.normalise(self.dataset.train(chosen)), self.dataset.train_targets[chosen])
 
     def test_batches(self, size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
         """The pooled test set."""
@@ -138,14 +138,16 @@ def build(config: RunConfig) -> Task:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     layers = prunable_layers(model, config.sparsity)
+    layout = choose_layout(config.execution.channels_last, model, device)
     return Task(
-        loaded.to(device),
+        loaded.to(device).arranged(layout),
         partition,
         model.to(device),
         layers,
         federation,
         config.seed,
         device,
+        layout,
         config.task.augment,
     )
 

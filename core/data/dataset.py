@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import rng
+from ..layout import Layout
 
 MARGIN = 4
 """Pixels of zeros that `crop_flip` puts on each side of an image."""
@@ -17,12 +18,29 @@ MARGIN = 4
 
 @lru_cache(maxsize=64)
 def _affine(
-    mean: tuple[float, ...], std: tuple[float, ...], scale: float, device: torch.device
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    scale: float,
+    pixels: int,
+    last: bool,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Gain and offset (c, 1, 1) of `(x / scale - mean) / std`; kept, so that a batch pays for no transfer."""
-    gain = torch.tensor([1 / (scale * s) for s in std], dtype=torch.float32)
-    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
-    return gain.view(-1, 1, 1).to(device), offset.view(-1, 1, 1).to(device)
+    """Gain and offset (c·pixels,) of `(x / scale - mean) / std`, in the order in which an image lies.
+
+    One number a value, because a flat product takes half the time of one that repeats a number a channel.
+    """
+    gain = torch.tensor([1 / (scale * s) for s in std], dtype=torch.float32).to(device)
+    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32).to(device)
+    if last:
+        return gain.repeat(pixels), offset.repeat(pixels)
+    return gain.repeat_interleave(pixels), offset.repeat_interleave(pixels)
+
+
+def _lies_last(images: Tensor) -> bool:
+    """Whether the channels are the last dimension in memory."""
+    if images.dim() != 4 or images.is_contiguous():
+        return False
+    return images.is_contiguous(memory_format=torch.channels_last)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,9 +69,31 @@ class Dataset:
         return channels, height, width
 
     def normalise(self, inputs: Tensor) -> Tensor:
-        """`(x / scale - mean) / std`: stored (…, c, h, w) to float32 of that shape, on the inputs' device."""
-        gain, offset = _affine(self.mean, self.std, self.scale, inputs.device)
-        return torch.addcmul(offset, inputs, gain)
+        """`(x / scale - mean) / std`: stored (…, c, h, w) to float32, on its device, in its memory order."""
+        height, width = inputs.shape[-2:]
+        last = _lies_last(inputs)
+        gain, offset = _affine(self.mean, self.std, self.scale, height * width, last, inputs.device)
+        plain = inputs.permute(0, 2, 3, 1) if last else inputs
+        values = plain.to(torch.float32, copy=True).reshape(-1, len(gain))
+        torch.addcmul(offset, values, gain, out=values)
+        if last:
+            return values.view(plain.shape).permute(0, 3, 1, 2)
+        return values.view(inputs.shape)
+
+    def train(self, chosen: Tensor) -> Tensor:
+        """Stored training inputs of these indices (n,), in the memory order of the data set."""
+        if _lies_last(self.train_inputs):
+            rows = self.train_inputs.permute(0, 2, 3, 1).index_select(0, chosen)
+            return rows.permute(0, 3, 1, 2)
+        return self.train_inputs.index_select(0, chosen)
+
+    def arranged(self, layout: Layout) -> Dataset:
+        """The same data with its images in this layout."""
+        return dataclasses.replace(
+            self,
+            train_inputs=layout.arrange(self.train_inputs),
+            test_inputs=layout.arrange(self.test_inputs),
+        )
 
     def to(self, device: torch.device | str) -> Dataset:
         """The same data on `device`; tensors that are there already are shared, not copied."""

@@ -10,7 +10,6 @@ import torch
 from ..compose import Hooks
 from ..config import ExecutionConfig
 from ..contracts import Contracts
-from ..layout import Layout
 from ..ledger import Ledger
 from ..loss import ModelLoss
 from ..task import Task
@@ -36,7 +35,6 @@ def choose(
     loss: ModelLoss,
     ledger: Ledger,
     contracts: Contracts | None,
-    layout: Layout,
 ) -> Chosen:
     """The executor that the configuration names, or the one that "auto" finds best."""
     parameters = sum(p.numel() for p in task.model.parameters())
@@ -49,7 +47,7 @@ def choose(
             why = "one client after another is fastest on a CPU"
         else:
             why = f"{parameters:,} parameters a client {left}"
-    parts = (task, hooks, loss, ledger, contracts, layout)
+    parts = (task, hooks, loss, ledger, contracts)
     if kind == "sequential":
         return Chosen(Sequential(*parts), why)
     executor = Vectorised(*parts)

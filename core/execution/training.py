@@ -16,7 +16,6 @@ from ..budget import Budget
 from ..compose import Hooks
 from ..contracts import Contracts, versions
 from ..dropout import drops
-from ..layout import Layout
 from ..ledger import Ledger
 from ..loss import ClientLoss, ModelLoss
 from ..state import Batch, Carry, Clock, Masks, Memory, Params, Readjusted, Scores, Sums, moved_to
@@ -47,10 +46,9 @@ class Executor(ABC):
         loss: ModelLoss,
         ledger: Ledger,
         contracts: Contracts | None,
-        layout: Layout,
     ) -> None:
         self.task, self.hooks, self.loss = task, hooks, loss
-        self.ledger, self.contracts, self.layout = ledger, contracts, layout
+        self.ledger, self.contracts, self.layout = ledger, contracts, task.layout
         self.step = hooks.found["local_step"]
         self.needs_score = hooks.takes("readjust", "score")
         self.needs_key = hooks.takes("local_step", "key")

@@ -394,7 +394,7 @@ def test_invariants_9_and_24_evaluation_prunes_nothing_and_changes_nothing(make_
     state = played(engine, 2)[-1].state
     before = {n: p.clone() for n, p in state.params.items()}
     monkeypatch.setattr(Pruning, "kept", None)  # calling it would raise
-    evaluate(engine.task, engine.loss, engine.layout, state.params, state.buffers, state.mask)
+    evaluate(engine.task, engine.loss, state.params, state.buffers, state.mask)
     assert all(torch.equal(before[n], p) for n, p in state.params.items())
 
 

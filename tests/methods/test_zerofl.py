@@ -131,7 +131,7 @@ def test_evaluation_uses_the_sparse_copies_and_prunes_no_inputs(make_engine, mon
     used = engine.loss.weights(state.params, state.mask)
     assert int((used["fc1.weight"] != 0).sum()) <= math.ceil(0.2 * used["fc1.weight"].numel())
     monkeypatch.setattr(Pruning, "kept", None)  # calling it would raise
-    found = evaluate(engine.task, engine.loss, engine.layout, state.params, state.buffers, state.mask)
+    found = evaluate(engine.task, engine.loss, state.params, state.buffers, state.mask)
     inputs, targets = next(engine.task.test_batches())
     hits = functional_call(engine.task.model, used, (inputs,)).argmax(1) == targets
     assert found["test_accuracy"] == pytest.approx(float(hits.float().mean()))
