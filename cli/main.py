@@ -11,7 +11,7 @@ import click
 
 from ..core.errors import ConfigError, FedsparseError
 from ..core.registry import describe
-from .options import CONFIG, PLUGIN, QUIET, SWAP, WORKERS, Settings, settings
+from .options import CONFIG, COUNTS, PLUGIN, QUIET, SWAP, WORK, WORKERS, Settings, settings
 
 if TYPE_CHECKING:
     from ..core.resolve import Resolved
@@ -117,6 +117,42 @@ def train(resolved: Resolved, out: Path | None, workers: int, quiet: bool, resum
         interrupted = watched_run(resolved, out, quiet, resume)
     if interrupted:
         sys.exit(INTERRUPTED)
+
+
+@main.command()
+@click.argument("works", nargs=-1, type=WORK)
+@click.option(
+    "--workers",
+    "counts",
+    type=COUNTS,
+    default="1",
+    help="Processes that share each round's clients; 1,2,4: measured one after another.",
+)
+@click.option("--repeats", type=click.IntRange(1, 10_000), default=5, help="Timed rounds of each contender.")
+@click.option(
+    "--methods",
+    default="pffdst,feddst,sparsyfed,fedsparsify",
+    show_default=True,
+    help="Methods to measure against FedAvg: a comma list, all or none.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False, writable=True), help="JSON file for all figures."
+)
+@click.option("--quick", is_flag=True, help="One timed round, neither the other executor nor the start-up.")
+def bench(
+    works: tuple[str, ...], counts: tuple[int, ...], repeats: int, methods: str, out: Path | None, quick: bool
+) -> None:
+    """Measure seconds a round: a plain PyTorch loop, FedAvg and methods, in turn on the same rounds.
+
+    WORKS are shipped benchmarks (default: all of them) or TOML files as for --config.
+
+    \b
+    fedsparse bench lenet-cifar many-small --workers 1,2 --out bench.json
+    fedsparse bench mine.toml --methods all --repeats 3
+    """
+    from .bench.show import bench as measured
+
+    measured(works, counts, repeats, methods, out, quick)
 
 
 @main.group(invoke_without_command=True)

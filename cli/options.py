@@ -56,6 +56,34 @@ class SwapType(click.ParamType[str]):
         return _starting(incomplete, [f"{slot}={name}" for name in Registry().names()])
 
 
+class WorkType(click.ParamType[str]):
+    """A shipped benchmark's name, or the path of a TOML file."""
+
+    name = "work|file"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from ..core.config import preset_names
+
+        names = [name.removeprefix("bench/") for name in preset_names() if name.startswith("bench/")]
+        return _starting(incomplete, names) or [CompletionItem(incomplete, type="file")]
+
+
+class CountsType(click.ParamType[tuple[int, ...]]):
+    """Numbers of processes, separated by commas."""
+
+    name = "n[,n…]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        texts = str(value).split(",")
+        if not all(text.strip().isdecimal() and 1 <= int(text) <= 1024 for text in texts):
+            self.fail(f"{value!r}: expected numbers from 1 to 1024, such as 1,2,4", param, ctx)
+        return tuple(int(text) for text in texts)
+
+
 class Bash(BashComplete):
     """Bash splits words at `=`: puts `readjust = fed` together, and answers with what follows the `=`."""
 
@@ -81,7 +109,7 @@ def _starting(incomplete: str, names: Any) -> list[CompletionItem]:
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
-PLUGIN, CONFIG, SWAP = PluginType(), ConfigType(), SwapType()
+PLUGIN, CONFIG, SWAP, WORK, COUNTS = PluginType(), ConfigType(), SwapType(), WorkType(), CountsType()
 WORKERS = click.option(
     "--workers",
     type=click.IntRange(1, 1024),

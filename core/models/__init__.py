@@ -6,7 +6,7 @@ from ..component import Component
 from .custom import CustomModel
 from .lenet import Conv2, LeNet
 from .resnet import ResNet18
-from .simple import Cnn, Mlp
+from .simple import Cnn, DropoutCnn, Mlp
 from .speech import SpeechResNet18
 from .vgg import CifarCnn, Vgg16
 
@@ -16,6 +16,7 @@ MODELS: dict[str, type[Component]] = {
     "resnet18": ResNet18,
     "resnet18-speech": SpeechResNet18,
     "cnn": Cnn,
+    "cnn-dropout": DropoutCnn,
     "mlp": Mlp,
     "cifar-cnn": CifarCnn,
     "vgg16": Vgg16,

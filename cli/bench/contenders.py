@@ -1,0 +1,116 @@
+"""Who is measured: the plain loop, FedAvg on the engine in several ways, and methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ...core.config import Layer
+from ...core.engine import Engine
+from ...core.errors import FedsparseError
+from ...core.execution.sequential import Sequential
+from ...core.ledger import Ledger
+from ...core.resolve import Resolved, resolve
+from ...core.state import Masks, Params
+from ...core.task import Task, prunable_layers
+from .bare import Bare
+
+SPARSITY = 0.8  # of the methods
+NEVER = 1_000_000_000  # rounds between evaluations
+
+
+class Contender(Protocol):
+    """Plays the rounds of a work, one call each, with numbers from 0."""
+
+    def round(self, number: int) -> None:
+        """One round."""
+
+
+class OnEngine:
+    """A method on the engine, from its start on."""
+
+    def __init__(self, resolved: Resolved, task: Task, ledger: bool = True) -> None:
+        # one copy of data and network for all contenders; what is prunable is the method's own
+        layers = prunable_layers(task.model, resolved.config.sparsity)
+        task = replace(task, layers=layers, federation=resolved.config.federation)
+        self.engine = Engine(resolved, task)
+        if not ledger:
+            self.engine.ledger = self.engine.executor.ledger = NoLedger({}, {}, {})
+        self.state = self.engine.start()
+
+    def round(self, number: int) -> None:
+        """One round."""
+        self.state = self.engine.play(self.state).state
+
+
+class NoLedger(Ledger):
+    """Counts nothing."""
+
+    def begin_round(
+        self, params: Params, buffers: Params, mask: Masks, frozen: Masks, trained: Masks | None = None
+    ) -> None:
+        """Nothing."""
+
+    def sidecar(self, tensors: Mapping[str, Tensor]) -> int:
+        """Nothing."""
+        return 0
+
+    def download(self, client: int, extra: int = 0) -> int:
+        """Nothing."""
+        return 0
+
+    def upload(
+        self,
+        client: int,
+        mask: Masks,
+        params: Params | None = None,
+        buffers: Params | None = None,
+        extra: int = 0,
+    ) -> int:
+        """Nothing."""
+        return 0
+
+    def train(self, samples: int, score_samples: int = 0) -> float:
+        """Nothing."""
+        return 0.0
+
+    def end_round(self, tally: Iterable[float] | None = None, clients: Iterable[int] = ()) -> None:
+        """Nothing."""
+
+
+def configured(work: str, plugin: str = "fedavg", **sets: Any) -> Resolved:
+    """A work's configuration for a method, never to be evaluated; `a__b=1` stands for a.b."""
+    layers = [Layer("bench", {"output": {"evaluate_every": NEVER}})]
+    for path, value in sets.items():
+        section, _, key = path.partition("__")
+        layers.append(Layer("bench", {section: {key: value}}))
+    return resolve(plugin, [work], layers=layers)
+
+
+def gather(
+    work: str, task: Task, methods: Sequence[str], executors: bool
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The contenders by name, and the methods that this work does not suit with the reason."""
+    dense: Any = {"sparsity__target": 0.0}
+    resolved = configured(work, **dense)
+    unchecked = configured(work, **dense, execution__contracts=False)
+    fedavg = OnEngine(resolved, task)
+    found: dict[str, Contender] = {
+        "bare": Bare(resolved.config, task, fedavg.engine.workers),
+        "fedavg": fedavg,
+        "fedavg, no contracts": OnEngine(unchecked, task),
+        "fedavg, no contracts or ledger": OnEngine(unchecked, task, ledger=False),
+    }
+    if executors:
+        other = "vectorised" if isinstance(fedavg.engine.executor, Sequential) else "sequential"
+        found[f"fedavg, {other}"] = OnEngine(configured(work, **dense, execution__executor=other), task)
+    refused = {}
+    for method in methods:
+        try:
+            found[method] = OnEngine(configured(work, method, sparsity__target=SPARSITY), task)
+        except FedsparseError as error:
+            refused[method] = str(error)
+    return found, refused

@@ -1,0 +1,125 @@
+"""Measures a work: all contenders in turn, round by round, in every worker."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ...core import task as tasks
+from ...core.errors import FedsparseError, RunError
+from ...core.execution import workers
+from .contenders import Contender, configured, gather
+
+BASES = ("bare", "fedavg")  # whom every contender is compared with
+
+
+class Plan(NamedTuple):
+    """What to measure on each work."""
+
+    methods: tuple[str, ...]
+    repeats: int
+    executors: bool = True
+
+
+def measure(work: str, plan: Plan) -> dict[str, Any]:
+    """The figures of a work, among the workers that this process belongs to; the first one's count."""
+    me = workers.join()
+    try:
+        resolved = configured(work)
+        task = tasks.build(resolved.config)
+        contenders, refused = gather(work, task, plan.methods, plan.executors)
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        memory = dict.fromkeys(contenders, 0)
+        for number in range(plan.repeats + 1):
+            for name, contender in contenders.items():
+                taken, peak = _timed(name, contender, number, task.device, me)
+                memory[name] = max(memory[name], peak)
+                if number:  # round 0 warms up
+                    seconds[name].append(taken)
+        gpu = task.device.type == "cuda"
+        return {
+            "work": work,
+            "workers": me.size,
+            "device": torch.cuda.get_device_name(task.device) if gpu else "cpu",
+            "parameters": sum(p.numel() for p in task.model.parameters()),
+            "contenders": {
+                name: summary(seconds, name) | ({"peak_gpu_bytes": memory[name]} if gpu else {})
+                for name in seconds
+            },
+            "refused": refused,
+            "peak_resident_bytes": _resident(),
+            "settings": resolved.tree(),
+        }
+    finally:
+        workers.leave()
+
+
+def _timed(
+    name: str, contender: Contender, number: int, device: torch.device, me: workers.Workers
+) -> tuple[float, int]:
+    """Seconds of one round, started by all workers together, and its peak of GPU memory in bytes."""
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+    me.wait()
+    started = time.perf_counter()
+    try:
+        contender.round(number)
+    except FedsparseError as error:
+        raise RunError(f"{name}: {error}") from error
+    if gpu:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started, torch.cuda.max_memory_allocated(device) if gpu else 0
+
+
+def _resident() -> int:
+    """Peak memory of this process; Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def summary(seconds: dict[str, list[float]], name: str) -> dict[str, Any]:
+    """A contender's seconds, and its ratios to each base, paired by round."""
+    own = seconds[name]
+    ratios = {
+        base: spread([mine / theirs for mine, theirs in zip(own, seconds[base], strict=True)])
+        for base in BASES
+    }
+    return {"seconds": own, **spread(own), "ratios": ratios}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def start_up(work: str, count: int) -> float:
+    """Seconds of `fedsparse run` in a new process for a single round: start, data, round, evaluation."""
+    code = "from fedsparse.cli.main import main; main()"
+    with tempfile.TemporaryDirectory(prefix="fedsparse-") as folder:
+        run = ["run", "--config", work, "--set", "federation.rounds=1", "--quiet"]
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            *run,
+            "--workers",
+            str(count),
+            "--out",
+            str(Path(folder) / "r"),
+        ]
+        started = time.perf_counter()
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            raise RunError(f"a run of {work} failed: {ended.stderr.strip()}")
+        return time.perf_counter() - started
