@@ -21,6 +21,8 @@ from ...core.schedule import learning_rate
 from ...core.state import Params
 from ...core.task import Task
 
+CHUNK = 4096  # images that are normalised at once
+
 
 class Bare:
     """Dense FedAvg with the engine's clients, batches and deal to workers, and nothing around it.
@@ -34,8 +36,8 @@ class Bare:
             raise ConfigError([Problem("task.augment", "the plain loop of bench has none; set 'none'")])
         self.config, self.task, self.workers = config, task, workers
         self.last = choose_layout(config.execution.channels_last, task.model, task.device).channels_last
-        inputs = task.dataset.normalise(task.dataset.train_inputs)
-        self.inputs = inputs.permute(0, 2, 3, 1).contiguous() if self.last else inputs
+        arranged = [self.arranged(part) for part in torch.split(task.dataset.train_inputs, CHUNK)]
+        self.inputs = torch.cat(arranged)
         self.module = copy.deepcopy(task.model).train()
         trained = list(self.module.parameters())
         averaged = [b for b in self.module.buffers() if b.is_floating_point()]
@@ -50,6 +52,11 @@ class Bare:
             parameter.requires_grad_(True)
             parameter.grad = place
         self.server = self.client.clone()
+
+    def arranged(self, stored: Tensor) -> Tensor:
+        """Inputs as they are kept: normalised, and with the channels as last dimension if these lie last."""
+        inputs = self.task.dataset.normalise(stored)
+        return inputs.permute(0, 2, 3, 1).contiguous() if self.last else inputs
 
     def places(self, flat: Tensor) -> Iterator[Tensor]:
         """Views of a flat vector as the module's tensors, in the layout of this run."""

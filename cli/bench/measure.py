@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -56,7 +56,6 @@ def measure(work: str, plan: Plan) -> dict[str, Any]:
                 for name in seconds
             },
             "refused": refused,
-            "peak_resident_bytes": _resident(),
             "settings": resolved.tree(),
         }
     finally:
@@ -82,9 +81,8 @@ def _timed(
     return time.perf_counter() - started, torch.cuda.max_memory_allocated(device) if gpu else 0
 
 
-def _resident() -> int:
-    """Peak memory of this process; Linux counts in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _bytes(peak: int) -> int:
+    """Peak memory as the system counts it: macOS in bytes, Linux in KiB."""
     return peak if sys.platform == "darwin" else peak * 1024
 
 
@@ -103,8 +101,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def start_up(work: str, count: int) -> float:
-    """Seconds of `fedsparse run` in a new process for a single round: start, data, round, evaluation."""
+def single_round(work: str, count: int) -> dict[str, float]:
+    """Seconds and peak memory of `fedsparse run` for one round: start, data, round, evaluation.
+
+    The memory is that of the largest of its processes.
+    """
     code = "from fedsparse.cli.main import main; main()"
     with tempfile.TemporaryDirectory(prefix="fedsparse-") as folder:
         run = ["run", "--config", work, "--set", "federation.rounds=1", "--quiet"]
@@ -119,7 +120,12 @@ def start_up(work: str, count: int) -> float:
             str(Path(folder) / "r"),
         ]
         started = time.perf_counter()
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        if ended.returncode:
-            raise RunError(f"a run of {work} failed: {ended.stderr.strip()}")
-        return time.perf_counter() - started
+        with (Path(folder) / "said").open("w+") as said:
+            process = subprocess.Popen(command, stdout=said, stderr=said)
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            taken = time.perf_counter() - started
+            said.seek(0)
+            if process.returncode:
+                raise RunError(f"a run of {work} failed: {said.read().strip()}")
+        return {"seconds": taken, "peak_resident_bytes": _bytes(used.ru_maxrss)}

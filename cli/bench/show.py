@@ -18,7 +18,7 @@ from ...core.execution.workers import launch
 from ...core.registry import Registry
 from ...core.tracking import versions
 from .contenders import SPARSITY, configured
-from .measure import BASES, Plan, measure, start_up
+from .measure import BASES, Plan, measure, single_round
 
 FOLDER = "bench/"  # of the presets
 WIDTH = 110  # of tables in a file or a pipe
@@ -41,7 +41,7 @@ def bench(
         for count in counts:
             # a process of its own for each: its peak memory, and no threads or GPU behind a fork
             got = measure(work, plan) if alone else launch(count, measure, work, plan)
-            got["start_to_end_of_first_round_seconds"] = None if quick else start_up(work, count)
+            got["single_round_run"] = None if quick else single_round(work, count)
             figures.append(got)
             show(console, got)
     if len(counts) > 1:
@@ -112,9 +112,11 @@ def show(console: Console, figures: Mapping[str, Any]) -> None:
         table.add_row(name, *texts, *([f"{row['peak_gpu_bytes'] / 1e6:,.0f} MB"] if gpu else []))
     console.print(table)
     console.print("Medians (smallest to largest) over rounds; ratios are paired round by round.", style="dim")
-    startup = figures["start_to_end_of_first_round_seconds"]
-    first = f"; `fedsparse run` of one round, with start and evaluation: {startup:.1f} s" if startup else ""
-    console.print(f"Peak memory of a process: {figures['peak_resident_bytes'] / 1e6:,.0f} MB{first}")
+    if run := figures["single_round_run"]:
+        console.print(
+            f"`fedsparse run` of one round takes {run['seconds']:.1f} s with start and evaluation, and up to "
+            f"{run['peak_resident_bytes'] / 1e6:,.0f} MB of memory a process."
+        )
     for method, reason in figures["refused"].items():
         console.print(f"[yellow]{escape(f'{method} does not suit this work: {reason}')}[/yellow]")
 

@@ -146,7 +146,7 @@ def test_the_command_shows_and_writes_its_figures(tiny, tmp_path):
     written = json.loads(out.read_text())
     assert {"versions", "cores", "repeats", "interleaved", "figures"} <= written.keys()
     (figures,) = written["figures"]
-    assert {"work", "workers", "device", "settings", "peak_resident_bytes", "refused"} <= figures.keys()
+    assert {"work", "workers", "device", "settings", "single_round_run", "refused"} <= figures.keys()
     assert figures["workers"] == 1
     assert figures["settings"]["federation"]["clients_per_round"] == 3
     names = {"bare", "fedavg", "fedavg, no contracts", "fedavg, no contracts or ledger", "feddst"}
