@@ -104,7 +104,7 @@ class Bare:
                 stream = rng.generator(self.config.seed, "batches", number, client, epoch)
                 indices = stream.permutation(indices)
             chosen = torch.from_numpy(np.ascontiguousarray(indices)).to(device)
-            inputs, targets = self.inputs[chosen], self.task.dataset.train_targets[chosen]
+            inputs, targets = self.inputs.index_select(0, chosen), self.task.dataset.train_targets[chosen]
             if self.last:
                 inputs = inputs.permute(0, 3, 1, 2)
             minibatches = torch.split(inputs, own.batch_size), torch.split(targets, own.batch_size)
