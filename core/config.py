@@ -127,7 +127,7 @@ class ExecutionConfig(Section):
     executor: Literal["auto", "sequential", "vectorised"] = Field(
         "auto",
         description="'sequential': clients one after another; 'vectorised': stacked, stepped together; "
-        "'auto': vectorised for small models on a GPU",
+        "'auto': by the size of a step and the device; the run's header says why",
     )
     chunk: int | None = Field(
         None, ge=1, description="clients that are stacked at once; unset: as many as fit into free memory"

@@ -103,8 +103,9 @@ class Contracts:
     ) -> None:
         """Zero off the mask, no NaN or infinity, frozen values bit-identical to `held`."""
         count = Counter()
-        for name, value in params.items():
-            total = value.sum() * 0  # NaN if any entry is not finite, else 0
+        # NaN if any entry is not finite, else 0
+        finite = torch._foreach_mul(torch._foreach_norm(list(params.values()), 1), 0.0)
+        for (name, value), total in zip(params.items(), finite, strict=True):
             count.forbid(total, f"parameter {name!r} holds NaN or infinity; a lower learning rate may help")
             if name in mask:
                 off = torch.where(mask[name], 0.0, value).count_nonzero()
@@ -183,7 +184,8 @@ class Contracts:
 
 def versions(*groups: Mapping[str, Tensor]) -> list[int]:
     """Counts of in-place writes of every tensor; they grow when a hook writes where it must not."""
-    return [tensor._version for group in groups for tensor in group.values() if not masks.is_stacked(group)]
+    plain = [group for group in groups if not masks.is_stacked(group)]
+    return [tensor._version for group in plain for tensor in group.values()]
 
 
 def _kind(value: Any) -> str:

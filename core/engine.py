@@ -52,7 +52,8 @@ class Engine:
             paper=self.hooks.paper_bytes if self.hooks.has_extra("paper_bytes") else paper_bytes,
             encode=self.config.ledger.encode,
         )
-        self.executor, self.why = choose(execution, task, self.hooks, self.loss, self.ledger, self.contracts)
+        macs_a_sample, parts = sum(macs.values()), (self.hooks, self.loss, self.ledger, self.contracts)
+        self.executor, self.why = choose(execution, task, *parts, macs_a_sample)
         self.workers = workers.join(self.config.federation.clients_per_round)
         self.stop = False  # set from outside: the run ends after this round
 

@@ -19,6 +19,9 @@ class Layout(NamedTuple):
         """The tensor in this layout, itself if it lies so."""
         if not self.channels_last or tensor.dim() != 4:
             return tensor
+        if tensor.shape[1] == 1:  # strides of one channel do not matter to values, but to the kernels chosen
+            height, width = tensor.shape[2:]
+            return tensor.contiguous().as_strided(tensor.shape, (height * width, 1, width, 1))
         return tensor.contiguous(memory_format=torch.channels_last)
 
     def params(self, params: Params) -> Params:

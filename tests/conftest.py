@@ -29,6 +29,7 @@ TINY = {
     "federation.weight_decay": 0.001,
     "sparsity.target": 0.8,
     "output.evaluate_every": 8,
+    "execution.executor": "sequential",  # tests of executors name others
 }
 
 

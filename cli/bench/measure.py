@@ -108,17 +108,9 @@ def single_round(work: str, count: int) -> dict[str, float]:
     """
     code = "from fedsparse.cli.main import main; main()"
     with tempfile.TemporaryDirectory(prefix="fedsparse-") as folder:
-        run = ["run", "--config", work, "--set", "federation.rounds=1", "--quiet"]
-        command = [
-            sys.executable,
-            "-c",
-            code,
-            *run,
-            "--workers",
-            str(count),
-            "--out",
-            str(Path(folder) / "r"),
-        ]
+        where = ["--workers", str(count), "--out", str(Path(folder) / "r")]
+        run = ["run", "--config", work, "--set", "federation.rounds=1", "--quiet", *where]
+        command = [sys.executable, "-c", code, *run]
         started = time.perf_counter()
         with (Path(folder) / "said").open("w+") as said:
             process = subprocess.Popen(command, stdout=said, stderr=said)

@@ -80,7 +80,7 @@ def found_methods(names: str) -> tuple[str, ...]:
         loaded = [(name, plugin) for name, plugin in registry.all() if name != "fedavg"]
         return tuple(n for n, plugin in loaded if not isinstance(plugin, ConfigError) and plugin.method)
     wanted = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
-    unknown = [name for name in wanted if name not in registry.names()]
+    unknown = [name for name in wanted if not name.endswith(".py") and name not in registry.names()]
     if unknown:
         allowed = ["all", "none", *registry.names()]
         raise ConfigError(

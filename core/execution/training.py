@@ -93,9 +93,17 @@ class Executor(ABC):
     def model_randomness(self, plan: Plan, number: int) -> Iterator[None]:
         """Seeds what layers other than dropout draw themselves, and leaves no trace."""
         device = self.task.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(rng.number(self.task.seed, "model", plan.clock.round, number))
+        if device.type == "cuda":
+            torch.cuda.init()
+            generator = torch.cuda.default_generators[device.index or 0]
+        else:
+            generator = torch.default_generator
+        before = generator.get_state()
+        generator.manual_seed(rng.number(self.task.seed, "model", plan.clock.round, number) % 2**63)
+        try:
             yield
+        finally:
+            generator.set_state(before)
 
     def sent(self, client: Client) -> Masks:
         """The mask of the values that a client sends."""
@@ -186,8 +194,11 @@ class Executor(ABC):
     def check_trained(self, plan: Plan, params: Params, mask: Masks) -> None:
         """The contract of local training, for one client or for stacked ones."""
         if self.contracts:
-            where = self.hooks.where("local_step")
-            self.contracts.values(where, params, mask, plan.state.frozen, plan.state.params)
+            where, state = self.hooks.where("local_step"), plan.state
+            # tensors that train whole have nothing to hold still
+            bound = {n: m for n, m in mask.items() if n in plan.trainable or m is not state.mask[n]}
+            frozen = {n: f for n, f in state.frozen.items() if n in plan.trainable}
+            self.contracts.values(where, params, bound, frozen, state.params)
 
     def contribution(self, plan: Plan, client: Client, weight: Tensor) -> Sums:
         """What the client adds to the sums."""

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from fedsparse.cli.bench.bare import Bare
 from fedsparse.cli.bench.contenders import gather
+from fedsparse.cli.bench.measure import single_round
 from fedsparse.cli.main import main
 from fedsparse.core import task
 from fedsparse.core.engine import Engine
@@ -159,12 +160,27 @@ def test_the_command_shows_and_writes_its_figures(tiny, tmp_path):
 
 
 def test_a_method_that_does_not_suit_a_work_is_left_out_with_the_reason(tiny, tmp_path):
-    out = tmp_path / "bench.json"
-    mine = tmp_path / "mine.toml"
-    mine.write_text(TINY + "\n[method.readjust]\nperiod = 3\n")
-    result = bench(mine, "--quick", "--methods", "feddst", "--out", out)
-    assert result.exit_code == 2  # fedavg itself cannot run it
-    assert not out.exists()
+    mine, out = tmp_path / "mine.py", tmp_path / "bench.json"
+    mine.write_text(
+        "from fedsparse import Method, Part, hookimpl\n"
+        "from fedsparse.core.errors import ConfigError\n"
+        "class P(Part):\n"
+        "    @hookimpl\n"
+        "    def mask_init(self, params):\n"
+        "        raise ConfigError('not for me')\n"
+        "METHOD = Method('mine', mask_init=P())\n"
+    )
+    result = bench(tiny, "--quick", "--methods", mine, "--out", out)
+    assert result.exit_code == 0, result.output
+    (figures,) = json.loads(out.read_text())["figures"]
+    assert "not for me" in figures["refused"][str(mine)]
+    assert "does not suit this work" in result.output
+
+
+def test_a_run_of_one_round_is_timed(tiny):
+    found = single_round(tiny, 1)
+    assert found["seconds"] > 0
+    assert found["peak_resident_bytes"] > 50_000_000  # torch alone is larger
 
 
 WRONG = {

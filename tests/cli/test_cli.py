@@ -438,6 +438,7 @@ COMMANDS = [
     [],
     ["run"],
     ["resume"],
+    ["bench"],
     ["plugins"],
     ["plugins", "show"],
     ["config"],

@@ -11,6 +11,7 @@ from torch.nn.functional import dropout, dropout2d
 from fedsparse.core import functional, rng
 from fedsparse.core.dropout import KeyedDropout
 from fedsparse.core.errors import ConfigError
+from fedsparse.core.registry import Registry
 
 IMAGES = {
     "task__dataset__channels": 3,
@@ -45,6 +46,14 @@ def assert_same(one, other, atol=1e-6):
     for name in ("upload_bytes_total", "download_bytes_total", "flops_total", "samples"):
         assert one.metrics[name] == other.metrics[name]
     assert other.metrics["train_loss"] == pytest.approx(one.metrics["train_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("plugin", Registry().names())
+def test_every_method_is_the_same_in_both(make_engine, plugin):
+    """Clients of several sizes, in chunks; masks of clients and server move in every round."""
+    changes = {"method__readjust__period": 1} if plugin in ("feddst", "pffdst") else {}
+    changes |= {"task__partition__use": "dirichlet", "federation__rounds": 3, "federation__local_epochs": 2}
+    assert_same(*both(make_engine, plugin, **changes))
 
 
 def test_dropout_draws_the_same_in_both(make_engine):
@@ -168,10 +177,13 @@ def test_a_call_with_other_tensors_equals_functional_call_and_leaves_the_module_
     assert model.two.weight is model.one.weight
 
 
-def test_auto_is_sequential_on_a_cpu_and_says_why(make_engine):
-    engine = make_engine()
+def test_auto_goes_by_the_size_of_a_step_and_says_why(make_engine):
+    engine = make_engine(task__model__hidden=[400, 400], execution__executor="auto")
     assert type(engine.executor).__name__ == "Sequential"
-    assert "fastest on a CPU" in engine.why
+    assert engine.why == "its steps are large enough for a CPU one after another"
+    engine = make_engine(task__model__hidden=[20], execution__chunk=2, execution__executor="auto")
+    assert type(engine.executor).__name__ == "Vectorised"
+    assert engine.why == "its steps are too small for a CPU one after another; 2 of 3 clients at once"
     engine = make_engine(execution__executor="vectorised", execution__chunk=2)
     assert engine.why == "as set; 2 of 3 clients at once"
     assert make_engine(execution__executor="vectorised").executor.size == 3
