@@ -58,17 +58,23 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[ServerState,
     """The state and the ledger's of the last good checkpoint. Raises RunError if there is none to read."""
     old = folder.with_name(folder.name + ".old")
     source = folder if folder.exists() else old
+    if not source.exists():
+        raise RunError(
+            f"{folder} does not exist: the run ended before its first checkpoint (output.checkpoint_every); "
+            "start it anew"
+        )
     try:
         plain = json.loads((source / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(source / "tensors.safetensors")
         if plain["format"] != FORMAT:
             raise RunError(f"checkpoint {source} has format {plain['format']}; this version reads {FORMAT}")
         state = _join(plain["state"], tensors)
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise RunError(f"cannot read the checkpoint {source}: {error}") from None
-    rows = {int(client): row for client, row in state.pop("rows").items()}
-    ledger: dict[str, Any] = state.pop("ledger")  # it and the rows rest on the host
-    return ServerState(round=plain["round"], rows=rows, **moved_to(state, device)), ledger
+        rows = {int(client): row for client, row in state.pop("rows").items()}
+        ledger: dict[str, Any] = state.pop("ledger")  # it and the rows rest on the host
+        return ServerState(round=plain["round"], rows=rows, **moved_to(state, device)), ledger
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        what = f"{type(error).__name__} {error}"
+        raise RunError(f"cannot read the checkpoint {source}, it is damaged: {what}") from None
 
 
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

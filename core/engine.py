@@ -118,6 +118,7 @@ class Engine:
     def gather(self, state: ServerState, uploads: Uploads, mine: list[int], clients: list[int]) -> bool:
         """Adds up what all workers have; whether one of them was asked to end the run."""
         numbers = [uploads.samples, uploads.steps_weight, *self.ledger.round, float(self.stop)]
+        self.workers.same_form(uploads, idle=len(set(clients)) < self.workers.size)
         samples, steps, *tally, stop = self.workers.add(uploads.tensors(), numbers)
         uploads.samples, uploads.steps_weight = round(samples), round(steps)
         self.ledger.end_round(tally, clients)

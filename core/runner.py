@@ -15,6 +15,7 @@ from . import checkpoint, task
 from .compose import PluginError
 from .engine import Engine
 from .errors import RunError
+from .execution.workers import LostWorkerError
 from .resolve import Resolved
 from .state import Report, ServerState
 from .tracking import RunFolder, refuse_taken
@@ -53,9 +54,7 @@ def run(
         state = engine.start()
     with first_ctrl_c(engine, say):
         if engine.workers.rank > 0:
-            for report in engine.rounds(state):
-                if report.stop:
-                    break
+            _follow(engine, state)
             return {}
         folder = RunFolder(resolved, out, resume_at=state.round if resume else None)
         begun(engine, folder)
@@ -68,6 +67,16 @@ def run(
         wall_seconds=time.perf_counter() - started,
         interrupted=interrupted and state.round < resolved.config.federation.rounds,
     )
+
+
+def _follow(engine: Engine, state: ServerState) -> None:
+    """Plays the rounds that are left, which the first worker records."""
+    try:
+        for report in engine.rounds(state):
+            if report.stop:
+                return
+    except KeyboardInterrupt:
+        return
 
 
 def _play(engine: Engine, folder: RunFolder, state: ServerState, watch: Watcher) -> tuple[ServerState, bool]:
@@ -84,6 +93,8 @@ def _play(engine: Engine, folder: RunFolder, state: ServerState, watch: Watcher)
                 return state, True
     except KeyboardInterrupt:
         return state, True
+    except LostWorkerError:
+        raise  # its own report says what happened
     except PluginError as error:
         folder.fail(traceback.format_exc())
         raise PluginError(f"{error}; traceback in {folder.path / 'error.log'}") from error

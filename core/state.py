@@ -130,10 +130,10 @@ class Report(NamedTuple):
     stop: bool = False
 
 
-def moved_to(memory: Any, device: torch.device | str) -> Any:
-    """The same nested dict with its tensors on a device; rows rest on the host."""
+def moved_to(memory: Any, device: torch.device | str, copy: bool = False) -> Any:
+    """The same nested dict with its tensors on a device; rows rest on the host. `copy` owns all of them."""
     if isinstance(memory, Tensor):
-        return memory.detach().to(device)
+        return memory.detach().to(device, copy=copy)
     if isinstance(memory, dict):
-        return {name: moved_to(value, device) for name, value in memory.items()}
+        return {name: moved_to(value, device, copy) for name, value in memory.items()}
     return memory

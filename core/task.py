@@ -11,6 +11,7 @@ from typing import Literal, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import rng
 from .budget import Layer
@@ -20,7 +21,7 @@ from .data.dataset import MARGIN, crop_flip
 from .data.partition import PartitionRule
 from .data.source import Source
 from .errors import ConfigError, Problem, nearest
-from .execution.workers import own_device
+from .execution.workers import local_workers, own_device
 from .layout import Layout, choose_layout
 from .models.architecture import Architecture
 from .state import Batch, Params
@@ -53,9 +54,9 @@ class Task:
         """Numbers that the layers put out for one sample; measured without computing anything."""
         twin, total = copy.deepcopy(self.model).to("meta").eval(), 0
 
-        def add(module: nn.Module, inputs: object, output: Tensor) -> None:
+        def add(module: nn.Module, inputs: object, output: object) -> None:
             nonlocal total
-            total += output.numel()
+            total += sum(t.numel() for t in tree_leaves(output) if isinstance(t, Tensor))
 
         for module in twin.modules():
             if not any(module.children()):
@@ -167,6 +168,11 @@ def choose_device(name: str) -> torch.device:
     """The device of a setting: "auto" takes a GPU if there is one."""
     if name == "auto":
         return own_device() if torch.cuda.is_available() else torch.device("cpu")
+    if name.startswith("cuda") and local_workers() > 1:
+        if name != "cuda":
+            message = f"{name!r} for {local_workers()} workers; use 'cuda', which gives each its own"
+            raise ConfigError([Problem("execution.device", message)])
+        return own_device()
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):

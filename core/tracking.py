@@ -19,6 +19,11 @@ from .errors import RunError
 from .resolve import Resolved
 from .state import Params, ServerState
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+
 SHOWN = (
     "round",
     "test_accuracy",
@@ -57,6 +62,7 @@ class RunFolder:
             # "x": two runs that start together cannot share a folder
             with (path / "config.toml").open("x", encoding="utf-8") as file:
                 file.write(resolved.toml())
+            self._hold()
             self._metrics = (path / "metrics.jsonl").open("x", encoding="utf-8")
         except (OSError, ValueError) as error:
             raise RunError(f"cannot write to {path or resolved.config.output.root}: {error}") from None
@@ -64,12 +70,31 @@ class RunFolder:
     def _go_on(self, path: Path, round_: int) -> None:
         """Opens a folder again; lines of rounds that the checkpoint does not know are played anew."""
         self.path = path
-        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        kept = [line for line in map(json.loads, lines[:round_]) if line["round"] < round_]
+        self._hold()
+        try:
+            lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[:round_]
+            kept = [json.loads(line) for line in lines]
+        except (OSError, ValueError) as error:
+            raise RunError(f"cannot read {path / 'metrics.jsonl'}: {error}") from None
+        if [line.get("round") for line in kept] != list(range(round_)):
+            self._held.close()
+            raise RunError(f"{path / 'metrics.jsonl'} lacks rounds that the checkpoint has; it is damaged")
+        (path / "error.log").unlink(missing_ok=True)
         self._metrics = (path / "metrics.new").open("w", encoding="utf-8")
         for line in kept:
             self.record(line)
         (path / "metrics.new").rename(path / "metrics.jsonl")
+
+    def _hold(self) -> None:
+        """Keeps other runs out of the folder until this process ends. Raises RunError if one is in it."""
+        self._held = (self.path / "config.toml").open("r", encoding="utf-8")
+        if fcntl is None:
+            return  # Windows has no such lock
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._held.close()
+            raise RunError(f"a run is going on in {self.path}; wait for its end") from None
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Appends a line to `metrics.jsonl`."""
@@ -93,6 +118,7 @@ class RunFolder:
     ) -> dict[str, Any]:
         """Writes model, mask and `summary.json`; returns the summary. `weights` are what the layers use."""
         self._metrics.close()
+        self._held.close()
         tensors = {**weights, **state.buffers}
         save_file(
             {name: t.contiguous().cpu() for name, t in tensors.items()}, self.path / "model.safetensors"
@@ -121,6 +147,7 @@ class RunFolder:
     def fail(self, text: str) -> None:
         """Keeps the traceback of a failed run for the author of a plugin."""
         self._metrics.close()
+        self._held.close()
         (self.path / "error.log").write_text(text, encoding="utf-8")
 
 

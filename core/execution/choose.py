@@ -16,6 +16,7 @@ from ..task import Task
 from .sequential import Sequential
 from .training import Executor
 from .vectorised import Vectorised
+from .workers import local_workers
 
 SMALL = 2_000_000  # parameters; a client of a larger model keeps a GPU busy alone
 # a CPU computes smaller steps than these faster than Python calls its operations (measured: 2 to 3 times
@@ -67,11 +68,14 @@ def fitting(task: Task, parameters: int) -> int:
     """How many clients fit into half of the free memory: their parameters and their activations."""
     sample = 4 * task.activations()
     client = 4 * COPIES * parameters + 2 * task.federation.batch_size * sample
-    return max(1, free_memory(task.device) // 2 // client)
+    workers = 1 if task.device.type == "cuda" else local_workers()  # that share a machine's memory
+    return max(1, free_memory(task.device) // 2 // workers // client)
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS does not tell
+        return 2**31
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

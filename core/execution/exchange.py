@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,20 @@ class Uploads:
         """Every sum, in an order that all workers share."""
         for group in (self.sums, self.buffers, self.score, self.metrics):
             yield from group.values()
+
+    def form(self) -> list[Any]:
+        """Names and shapes of every sum, and the types of contributions."""
+        groups = (self.sums, self.buffers, self.score, self.metrics)
+        shapes = [{name: tuple(value.shape) for name, value in group.items()} for group in groups]
+        return [shapes, self.dtypes, next(iter(self.sums.values())).device.type]
+
+    def take_form(self, form: list[Any]) -> None:
+        """Sums of nobody: zeros of another's form."""
+        shapes, self.dtypes, kind = form
+        device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+        for group, wanted in zip((self.sums, self.buffers, self.score, self.metrics), shapes, strict=True):
+            for name, shape in wanted.items():
+                group[name] = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def contributions(self) -> Params:
         """The sums of contributions in the types that clients sent."""

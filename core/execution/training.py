@@ -94,7 +94,7 @@ class Executor(ABC):
         """Seeds what layers other than dropout draw themselves, and leaves no trace."""
         device = self.task.device
         if device.type == "cuda":
-            torch.cuda.init()
+            torch.cuda.init()  # type: ignore[no-untyped-call]
             generator = torch.cuda.default_generators[device.index or 0]
         else:
             generator = torch.default_generator
@@ -235,7 +235,7 @@ class Executor(ABC):
             )
             if self.contracts:
                 self.contracts.memory(self.hooks.where("client_final"), row)
-            state.rows[client.number] = moved_to(row, "cpu")
+            state.rows[client.number] = moved_to(row, "cpu", copy=True)  # no view of a chunk's tensors
 
 
 def cleared(client: Client, moved: Readjusted) -> Carry:

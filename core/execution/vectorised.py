@@ -59,7 +59,9 @@ class Vectorised(Executor):
     def train_all(self, plan: Plan, clients: Sequence[int], uploads: Uploads) -> None:
         for numbers in self.chunks(clients):
             self.hooks.at = (plan.clock.round, None)
-            self.train_chunk(plan, numbers, uploads)
+            # what layers other than dropout draw repeats, but is not what they draw one after another
+            with self.model_randomness(plan, numbers[0]):
+                self.train_chunk(plan, numbers, uploads)
 
     def chunks(self, clients: Sequence[int]) -> Iterator[list[int]]:
         """The clients by number of samples; one that was sampled twice is in two chunks."""

@@ -22,9 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ConfigError, FedsparseError, Problem, RunError
+from .exchange import Uploads
 
 OTHER_SIGNALS = "SIGTERM,SIGHUP,SIGQUIT"  # that end the launcher; SIGINT is left to the workers
 GRACE = 10.0  # seconds in which a worker that lost another one waits to be ended, so that the other is named
+
+
+class LostWorkerError(RunError):
+    """Another worker is gone; what happened is known where that one was."""
 
 
 class Workers(NamedTuple):
@@ -59,6 +64,16 @@ class Workers(NamedTuple):
             part.copy_(total.view(part.shape))
         return [float(total) for total in parts[-1].tolist()]
 
+    def same_form(self, uploads: Uploads, idle: bool) -> None:
+        """Gives a worker without clients zeros of the form of the first one's sums; `idle`: there is one."""
+        if self.size == 1 or not idle:
+            return
+        form = [uploads.form() if self.rank == 0 else None]
+        with _NamingTheLost():
+            dist.broadcast_object_list(form)
+        if not uploads.sums and form[0] is not None:
+            uploads.take_form(form[0])
+
     def rows(self, rows: dict[int, Any]) -> dict[int, Any]:
         """The rows of clients that any worker trained."""
         if self.size == 1:
@@ -84,7 +99,7 @@ class _NamingTheLost:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, RuntimeError):
             time.sleep(GRACE)
-            raise RunError(f"lost another worker: {str(error).partition(chr(10))[0]}") from error
+            raise LostWorkerError(f"lost another worker: {str(error).partition(chr(10))[0]}") from error
 
 
 def started_by_launcher() -> bool:
@@ -115,26 +130,34 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def local_workers() -> int:
+    """Workers on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def own_device() -> torch.device:
     """This worker's own: the GPU of its local rank, or the CPU."""
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
     if not gpus:
         return torch.device("cpu")
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > gpus:
+    if local_workers() > gpus:
         message = (
-            f"{os.environ['LOCAL_WORLD_SIZE']} workers on a machine with {gpus} GPUs; start at most one a "
+            f"{local_workers()} workers on a machine with {gpus} GPUs; start at most one a "
             "GPU, or set execution.device=cpu"
         )
         raise ConfigError([Problem("execution.device", message)])
+    torch.cuda.set_device(local)  # collectives of NCCL go by it
     return torch.device("cuda", local)
 
 
 def launch(workers: int, function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls `function` in each of so many new processes and returns the first one's result.
 
-    Raises the FedsparseError that a worker raised, KeyboardInterrupt if Ctrl-C ended them, and RunError that
-    names a worker which died.
+    Raises the FedsparseError that a worker raised, KeyboardInterrupt if Ctrl-C ended them before they began,
+    and RunError that names a worker which died or the signal that ended them all.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -143,7 +166,8 @@ def launch(workers: int, function: Callable[..., Any], *arguments: Any) -> Any:
     # Ctrl-C is the workers' business: they end the round first
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = OTHER_SIGNALS
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for logger in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     with tempfile.TemporaryDirectory(prefix="fedsparse-") as folder:
         config = LaunchConfig(
@@ -155,7 +179,11 @@ def launch(workers: int, function: Callable[..., Any], *arguments: Any) -> Any:
             run_id=f"fedsparse-{os.getpid()}",
             max_restarts=0,
             start_method="fork",  # they start with what is imported already
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            **no_look_at_gpus(LaunchConfig),
         )
+        if hasattr(config, "numa_options"):
+            config.numa_options = None
         if hasattr(config, "signals_to_handle"):  # newer than torch 2.8
             config.signals_to_handle = OTHER_SIGNALS
         try:
@@ -163,13 +191,24 @@ def launch(workers: int, function: Callable[..., Any], *arguments: Any) -> Any:
             return results[0]
         except ChildFailedError as failed:
             raise _reported(Path(folder), failed.failures) from None
+        except SignalException as ended:
+            name = signal.Signals(ended.sigval).name
+            raise RunError(f"{name} ended the run; fedsparse resume goes on from its checkpoint") from None
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+def no_look_at_gpus(config: type) -> dict[str, Any]:
+    """Arguments that keep a launch configuration from asking CUDA for devices, after which none can fork."""
+    fields = getattr(config, "__dataclass_fields__", {})
+    return {"numa_options": object()} if "numa_options" in fields else {}
 
 
 def _worker(folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Runs in a worker: errors that the user can mend go to the launcher by a file."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in OTHER_SIGNALS.split(","):  # the launcher's own handlers came with the fork
+        signal.signal(signal.Signals[name], signal.SIG_DFL)
     try:
         return function(*arguments)
     except (FedsparseError, KeyboardInterrupt) as error:

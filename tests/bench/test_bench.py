@@ -33,6 +33,9 @@ clients = 5
 clients_per_round = 3
 rounds = 1000
 batch_size = 16
+
+[execution]
+executor = "sequential"
 """
 
 

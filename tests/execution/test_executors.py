@@ -100,6 +100,33 @@ def test_client_order_and_chunks_do_not_show_in_the_sums(make_engine):
     assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
 
 
+NOISY = """
+import torch
+from torch import nn
+
+class Noisy(nn.Sequential):
+    def forward(self, x):
+        x = super().forward(x)
+        return x + 0.1 * torch.randn_like(x)
+
+def build(input_shape, classes):
+    return Noisy(nn.Flatten(), nn.Linear(36, classes))
+"""
+
+
+@pytest.mark.parametrize("kind", ["sequential", "vectorised"])
+def test_draws_of_other_layers_repeat(make_engine, tmp_path, monkeypatch, kind):
+    (tmp_path / f"noisy_{kind}.py").write_text(NOISY)
+    monkeypatch.syspath_prepend(tmp_path)
+    changes = {"task__model__use": f"noisy_{kind}:build", "task__model__hidden": None}
+    losses = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)  # the process's own generator has no say
+        engine = make_engine(execution__executor=kind, federation__rounds=2, **changes)
+        losses.append(last(engine).metrics["train_loss"])
+    assert losses[0] == losses[1]
+
+
 def test_channels_last_changes_nothing_but_the_order_in_memory(make_engine):
     changes = IMAGES | {"task__model__use": "lenet", "sparsity__target": 0.5}
     reports = [

@@ -13,6 +13,7 @@ import torch
 from fedsparse.core.errors import RunError
 from fedsparse.core.execution.workers import Workers, join, launch, leave
 from fedsparse.core.registry import Registry
+from fedsparse.core.tracking import RunFolder
 
 COMMAND = [sys.executable, "-c", "from fedsparse.cli.main import main; main()"]
 TASK = [
@@ -99,6 +100,54 @@ def test_an_error_of_a_worker_is_the_error_of_the_run():
         launch(2, fails, "error")
 
 
+def one_client(make_engine):
+    """Two workers, but some rounds sample one client twice."""
+    torch.set_num_threads(1)
+    join()
+    try:
+        return rounds_of_one(make_engine)
+    finally:
+        leave()
+
+
+def rounds_of_one(make_engine):
+    changes = {"federation__clients_per_round": 2, "federation__replacement": True}
+    engine = make_engine("scaffold", federation__clients=2, federation__rounds=6, **changes)
+    reports = list(engine.rounds(engine.start()))
+    assert any(len(set(report.metrics["clients"])) == 1 for report in reports)
+    end = reports[-1]
+    return {name: p.numpy() for name, p in end.state.params.items()}, end.metrics["upload_bytes_total"]
+
+
+def test_a_worker_without_a_client_adds_nothing(make_engine):
+    params, sent = rounds_of_one(make_engine)
+    others = launch(2, one_client, make_engine)
+    assert others[1] == sent
+    for name, value in params.items():
+        torch.testing.assert_close(torch.from_numpy(others[0][name]), torch.from_numpy(value))
+
+
+def test_launching_leaves_gpus_to_the_workers():
+    """A process that asked CUDA for devices leaves children that cannot use them."""
+    code = (
+        "import torch\nfrom fedsparse.core.execution.workers import launch\n"
+        "from fedsparse.core.resolve import resolve\nresolve('pffdst')\n"
+        "print(launch(2, torch.cuda._is_in_bad_fork))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def nothing():
+    return None
+
+
+def test_workers_leave_no_folders_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    launch(2, nothing)
+    assert list(tmp_path.iterdir()) == []
+
+
 def fedsparse(*words, **options):
     return subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=120, **options)
 
@@ -162,6 +211,20 @@ def test_ctrl_c_ends_all_workers_after_the_round(tmp_path):
     assert summary["interrupted"]
     assert summary["rounds"] == len(lines(tmp_path / "c"))
     assert (tmp_path / "c" / "checkpoint" / "state.json").exists()
+
+
+def test_a_folder_takes_one_run_at_a_time(make_resolved, tmp_path):
+    made = make_resolved()
+    folder = RunFolder(made, tmp_path / "a")
+    (tmp_path / "a" / "metrics.jsonl").write_text("")
+    with pytest.raises(RunError, match="a run is going on in"):
+        RunFolder(made, tmp_path / "a", resume_at=0)
+    folder.fail("")
+    again = RunFolder(made, tmp_path / "a", resume_at=0)
+    assert not (tmp_path / "a" / "error.log").exists()
+    again.fail("")
+    with pytest.raises(RunError, match="lacks rounds"):
+        RunFolder(made, tmp_path / "a", resume_at=2)
 
 
 def test_more_workers_than_clients_a_round_is_refused(tmp_path):
