@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fedsparse import Aggregated, Method, Part, Readjusted, Stepped, hookimpl, masks, optim
 from fedsparse.core import checkpoint, task
@@ -408,12 +409,14 @@ def test_going_on_from_a_checkpoint_is_bit_identical(make_engine, tmp_path, plug
 def test_unreadable_checkpoints_are_refused(tmp_path):
     from fedsparse import RunError
 
-    with pytest.raises(RunError, match="cannot read the checkpoint"):
+    with pytest.raises(RunError, match=r"does not exist.*before its first checkpoint"):
         checkpoint.load(tmp_path / "none")
     (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "state.json").write_text("{}")
-    with pytest.raises(RunError, match="cannot read the checkpoint"):
-        checkpoint.load(tmp_path / "c")
+    for text in ("{}", "[]", "", '{"format": 1, "round": 4, "state": {"dict": {}}}'):
+        (tmp_path / "c" / "state.json").write_text(text)
+        with pytest.raises(RunError, match=r"cannot read the checkpoint \S+c, it is damaged"):
+            checkpoint.load(tmp_path / "c")
+        save_file({}, tmp_path / "c" / "tensors.safetensors")
 
 
 @pytest.mark.parametrize("plugin", ["fedavg", "feddst", "pffdst"])
