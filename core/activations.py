@@ -8,19 +8,21 @@ Only those are stored for the backward pass. The model's modules stay as they ar
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import hardshrink, linear, pad
 from torch.overrides import TorchFunctionMode
 
 from .loss import ClientLoss, ModelLoss
-from .masks import is_stacked
 from .schedule import share
+from .selection import kth_largest, readable
 from .state import Batch, Carry, Params
 
 FLOOR = 1e-7  # fraction of the inputs that a layer without weights keeps
@@ -101,7 +103,11 @@ class Pruning(TorchFunctionMode):
         name = self.names.get(id(weight))
         if name is None:
             return linear(input, weight, bias)
-        return _Linear.apply(input, self.kept(name, input, weight), weight, bias)
+        kept = self.kept(name, input, weight)
+        if readable(input, weight):
+            with saving(kept, input):
+                return linear(input, weight, bias)
+        return _Linear.apply(input, kept, weight, bias)
 
     def convolution(
         self,
@@ -122,30 +128,26 @@ class Pruning(TorchFunctionMode):
             total = [step * (k - 1) if padding == "same" else 0 for step, k in zip(steps, size, strict=True)]
             sides = [side for width in reversed(total) for side in (width // 2, width - width // 2)]
             input, kept, padding = pad(input, sides), pad(kept, sides), 0
+        if readable(input, weight):
+            with saving(kept, input):
+                return func(input, weight, bias, stride, padding, dilation, groups)
         geometry = (_each(stride, len(size)), _each(padding, len(size)), steps, groups)
         return _Convolution.apply(input, kept, weight, bias, *geometry)
 
     def kept(self, name: str, inputs: Tensor, weight: Tensor) -> Tensor:
         """The inputs of a layer that count in the gradient of its weight, others 0."""
-        magnitude = inputs.detach().abs()
-        return torch.where(
-            magnitude >= self.threshold(name, magnitude, weight.detach()), inputs.detach(), 0.0
-        )
+        inputs, weight = inputs.detach(), weight.detach()
+        return at_least(inputs, self.threshold(name, inputs, weight))
 
-    def threshold(self, name: str, magnitude: Tensor, weight: Tensor) -> Tensor:
+    def threshold(self, name: str, inputs: Tensor, weight: Tensor) -> Tensor:
         """The least magnitude that a layer keeps, 0-d."""
-        held = self.thresholds.get(name)
-        # a host tensor outside vmap can be looked at for nothing, which saves most of the sorting
-        seen = magnitude.device.type == "cpu" and not is_stacked({"inputs": magnitude, "weight": weight})
-        if held is not None and seen and held >= 0:
+        held, seen = self.thresholds.get(name), readable(inputs, weight)
+        if held is not None and seen and held.item() >= 0:
             return held
-        total, size = magnitude.numel(), weight.numel()
-        nonzero = (weight != 0).sum()
-        if self.density is None:
-            count = (nonzero * total + size - 1) // size  # ceil(density of the weight · total), in integers
-        else:
-            count = nonzero.new_tensor(total - share(total, 1 - self.density))
-        fresh = kth_largest(magnitude, count.clamp_min(math.ceil(FLOOR * total)), seen)
+        total, size = inputs.numel(), weight.numel()
+        nonzero = weight.sign().abs().sum()  # on CPUs a fourth of (weight != 0).sum()
+        count = self.count(int(nonzero) if seen else nonzero.to(torch.int64), total, size)
+        fresh = kth_largest(inputs.abs(), count)
         if held is None:
             return fresh
         threshold = torch.where(held >= 0, held, fresh)
@@ -153,17 +155,45 @@ class Pruning(TorchFunctionMode):
         self.thresholds[name] = torch.where(nonzero < size, threshold, held)
         return threshold
 
+    def count(self, nonzero: Any, total: int, size: int) -> Any:
+        """How many of `total` inputs a layer keeps, by its weights (an int or a 0-d tensor of ints)."""
+        floor = math.ceil(FLOOR * total)
+        if self.density is not None:
+            return max(total - share(total, 1 - self.density), floor)
+        count = (nonzero * total + size - 1) // size  # ceil(density of the weight · total), in integers
+        return max(count, floor) if isinstance(count, int) else count.clamp_min(floor)
 
-def kth_largest(values: Tensor, k: Tensor, seen: bool) -> Tensor:
-    """The k-th largest of all values, 0-d; the value of `k` is looked at only if `seen`."""
-    flat = values.flatten()
-    if seen:
-        return flat.kthvalue(flat.numel() + 1 - int(k)).values
-    return flat.sort(descending=True).values.gather(0, (k - 1).view(1)).view(())
+
+def saving(kept: Tensor, inputs: Tensor) -> AbstractContextManager[None]:
+    """Where a layer saves `kept` for its backward pass in place of `inputs`. Not under vmap or grad.
+
+    Only the gradient of the weight looks at it.
+    """
+    place = inputs.data_ptr(), inputs.numel()
+
+    def save(saved: Tensor) -> Tensor:
+        return kept.view(saved.shape) if (saved.data_ptr(), saved.numel()) == place else saved
+
+    return torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved)
 
 
-class _Linear(torch.autograd.Function):
-    """A linear layer; the gradient of the weight uses `kept` instead of `inputs`."""
+def at_least(values: Tensor, threshold: Tensor) -> Tensor:
+    """The values of that magnitude or a greater one, others 0."""
+    if readable(values, threshold):  # hardshrink keeps what is above its bound; `where` is ten times slower
+        return hardshrink(values, torch.nextafter(threshold, torch.zeros_like(threshold)).item())
+    return torch.where(values.abs() >= threshold, values, 0.0)
+
+
+class _Layer(torch.autograd.Function):
+    """A layer whose gradient of the weight uses `kept` instead of `inputs`."""
+
+    def __init_subclass__(cls) -> None:
+        # `apply` asks for it at each call, and finding it takes longer than a small layer
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+
+
+class _Linear(_Layer):
+    """A linear layer."""
 
     generate_vmap_rule = True
 
@@ -185,8 +215,8 @@ class _Linear(torch.autograd.Function):
         return grad @ weight, None, by_weight, flat.sum(0) if ctx.biased else None
 
 
-class _Convolution(torch.autograd.Function):
-    """A convolution in any number of dimensions; the gradient of the weight uses `kept`."""
+class _Convolution(_Layer):
+    """A convolution in any number of dimensions."""
 
     generate_vmap_rule = True
 

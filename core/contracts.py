@@ -12,6 +12,7 @@ from torch import Tensor
 from . import masks
 from .budget import Budget
 from .errors import RunError
+from .functional import is_stacked
 from .state import Carry, Masks, Params
 
 
@@ -108,13 +109,13 @@ class Contracts:
         for (name, value), total in zip(params.items(), finite, strict=True):
             count.forbid(total, f"parameter {name!r} holds NaN or infinity; a lower learning rate may help")
             if name in mask:
-                off = torch.where(mask[name], 0.0, value).count_nonzero()
+                off = _nonzero(value * (~mask[name]).view(torch.uint8))
                 count.forbid(
                     off,
                     f"{name!r}: {{count}} of {value.numel()} weights are not 0 off the mask (allowed: 0)",
                 )
             if frozen and held and name in frozen:
-                moved = ((value != held[name]) & frozen[name]).sum()
+                moved = _nonzero((value - held[name]) * frozen[name].view(torch.uint8))
                 count.forbid(moved, f"{name!r}: {{count}} frozen values changed (allowed: 0)")
         count.verdict(where)
 
@@ -184,8 +185,13 @@ class Contracts:
 
 def versions(*groups: Mapping[str, Tensor]) -> list[int]:
     """Counts of in-place writes of every tensor; they grow when a hook writes where it must not."""
-    plain = [group for group in groups if not masks.is_stacked(group)]
+    plain = [group for group in groups if not is_stacked(group)]
     return [tensor._version for group in plain for tensor in group.values()]
+
+
+def _nonzero(values: Tensor) -> Tensor:
+    """How many values are not 0; on CPUs several times as fast as `count_nonzero`."""
+    return values.sign().abs().sum(dtype=torch.float64)
 
 
 def _kind(value: Any) -> str:

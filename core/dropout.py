@@ -17,10 +17,12 @@ WHOLE_CHANNELS = (functional.dropout1d, functional.dropout2d, functional.dropout
 
 
 def drops(model: nn.Module, input_shape: Sequence[int]) -> bool:
-    """Whether a model drops anything in training; found by a pass of a copy that computes nothing."""
-    twin = copy.deepcopy(model).to("meta").train()
-    with torch.no_grad(), KeyedDropout(torch.empty((), dtype=torch.int64, device="meta")) as mode:
-        twin(torch.empty(2, *input_shape, device="meta"))
+    """Whether a model drops anything in training; found by a pass of a copy over two images of zeros."""
+    twin = copy.deepcopy(model).train()
+    device = next(twin.parameters()).device
+    untouched = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with untouched, torch.no_grad(), KeyedDropout(torch.tensor(0, device=device)) as mode:
+        twin(torch.zeros(2, *input_shape, device=device))
         return bool(mode.calls)
 
 

@@ -16,6 +16,7 @@ from .evaluation import evaluate
 from .execution import workers
 from .execution.choose import choose
 from .execution.exchange import Plan, Uploads
+from .execution.host_memory import keep_freed_memory
 from .ledger import Ledger, forward_macs, paper_bytes
 from .loss import Probe
 from .metrics import measured
@@ -35,6 +36,7 @@ class Engine:
         self.hooks = compose(resolved.method)
         if task.device.type == "cpu":
             torch.set_num_threads(self.config.execution.threads)
+            keep_freed_memory()
         self.params, self.buffers = task.initial()
         self.prunable = tuple(layer.name for layer in task.layers)
         self.contracts = Contracts(self.params, self.prunable) if self.config.execution.contracts else None

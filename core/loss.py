@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .dropout import KeyedDropout
-from .functional import call
-from .masks import is_stacked
+from .functional import call, is_stacked
 from .state import Batch, Carry, Masks, Params
 
 EffectiveParams = Callable[[Params, Masks], Params]
@@ -40,11 +39,9 @@ class ModelLoss:
         Dropout draws from `key`, if there is one, else from PyTorch's generator.
         """
         moved = {name: b.clone() for name, b in buffers.items()}  # layers write running statistics in place
-        with ExitStack() as modes:
-            if key is not None:
-                modes.enter_context(KeyedDropout(key))
-            if self.autocast is not None:
-                modes.enter_context(casting(batch.inputs.device.type, self.autocast))
+        dropout = nullcontext() if key is None else KeyedDropout(key)
+        cast = nullcontext() if self.autocast is None else casting(batch.inputs.device.type, self.autocast)
+        with dropout, cast:
             outputs = call(self.model, {**weights, **moved}, batch.inputs)
             value = cross_entropy(outputs, batch.targets)
         return value, moved
@@ -95,6 +92,19 @@ class ClientLoss:
     def _with_aux(self, params: Params, carry: Carry, batch: Batch) -> tuple[Tensor, tuple[Tensor, Params]]:
         value, buffers = self.of.total(params, self.mask, self.anchor, carry.buffers, batch, self.key)
         return value, (value, buffers)
+
+    @property
+    def bare(self) -> ClientLoss:
+        """The loss by the weights that layers use, without the penalty."""
+        return replace(self, of=replace(self.of, effective_params=None, penalty=None))
+
+    def penalty(self, params: Params) -> tuple[Tensor | float, Params]:
+        """The penalty, 0-d, and its gradient by parameter; 0 and no gradient if there is none."""
+        of = self.of.penalty
+        if of is None:
+            return 0.0, {}
+        grads, value = torch.func.grad_and_value(of)(params, self.anchor)
+        return value, grads
 
     def dense_grad(self, params: Params, carry: Carry, batches: Sequence[Batch]) -> Params:
         """Gradient of the plain loss by effective weight, masked positions included, mean over samples."""

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import rng
 from .budget import Budget
+from .functional import is_stacked
+from .selection import kth_largest, readable
 from .state import Masks, Params, Scores
 
 
@@ -24,10 +29,21 @@ def largest(score: Tensor, count: int) -> Tensor:
         return torch.zeros_like(score, dtype=torch.bool)
     if count >= flat.numel():
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = flat.kthvalue(flat.numel() - count + 1).values
+    threshold = kth_largest(flat, count)
+    if readable(flat):
+        return torch.from_numpy(_first(flat.numpy(), threshold.item(), count)).view(score.shape)
     above, tied = flat > threshold, flat == threshold
     chosen = above | (tied & (tied.cumsum(0) <= count - above.sum()))
     return chosen.view(score.shape)
+
+
+def _first(values: NDArray[Any], threshold: float, count: int) -> NDArray[np.bool]:
+    """The values above the threshold, and the first of those that equal it, up to `count`."""
+    chosen: NDArray[np.bool] = values >= threshold
+    surplus = np.count_nonzero(chosen) - count
+    if surplus > 0:
+        chosen[np.flatnonzero(values == threshold)[-surplus:]] = False
+    return chosen
 
 
 def by_budget(scores: Scores, budget: Budget) -> Masks:
@@ -131,11 +147,6 @@ def within(mask: Masks, budget: Budget) -> bool:
     return all(counts[name] <= allowed for name, allowed in budget.counts.items())
 
 
-def is_stacked(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors are those of `torch.func.vmap` or `grad`, which have no host values."""
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors.values())
-
-
 def prune_smallest_tied(params: Params, mask: Masks, budget: Budget, frozen: Masks | None = None) -> Masks:
     """`prune_smallest`, but an active weight that is exactly 0 is no better than a masked zero.
 
@@ -206,5 +217,5 @@ def largest_with_ties(params: Params, mask: Masks, count: int, frozen: Masks | N
     for name in sizes.keys() & (frozen or {}).keys():
         sizes[name] = sizes[name].masked_fill((frozen or {})[name] & mask[name], math.inf)
     flat = torch.cat([size.flatten() for size in sizes.values()])
-    threshold = flat.kthvalue(flat.numel() - count + 1).values
+    threshold = kth_largest(flat, count)
     return {name: active & (sizes[name] >= threshold) for name, active in mask.items()}

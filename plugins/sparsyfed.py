@@ -20,7 +20,6 @@ training, where the download decides it for the round.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -94,14 +93,19 @@ class PoweredSgd(Part):
         weight_decay: float,
     ) -> Stepped:
         exponents = carry.state["exponent"]  # those of the download, the whole round
-        loss = replace(loss, of=replace(loss.of, effective_params=lambda theta, _: powered(theta, exponents)))
+        scales = {name: params[name].abs().pow(beta - 1) for name, beta in exponents.items()}
+        weights = params | {name: params[name] * scale for name, scale in scales.items()}
         if self.prune_activations:
             pruned = activations.layers(params)
-            value, grads, carry = activations.value_and_grad(loss, params, carry, batch, pruned)
+            value, grads, carry = activations.value_and_grad(loss.bare, weights, carry, batch, pruned)
         else:
-            value, grads, carry = loss.value_and_grad(params, carry, batch)
+            value, grads, carry = loss.bare.value_and_grad(weights, carry, batch)
+        # the chain rule, by hand because it needs the same powers
+        grads |= {name: grads[name] * (scales[name] * beta) for name, beta in exponents.items()}
+        penalty, pull = loss.penalty(params)
+        grads |= {name: grads[name] + pulled for name, pulled in pull.items()}
         params, state = optim.sgd(params, grads, carry.state, trainable, lr, momentum, weight_decay)
-        return Stepped(params, Carry(carry.buffers, state), {"loss": value})
+        return Stepped(params, Carry(carry.buffers, state), {"loss": value + penalty})
 
 
 def powered(params: Params, exponents: Params, inverse: bool = False) -> Params:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,13 @@ class Uploads:
                 into[name] += value
             else:
                 into[name] = value.to(torch.float64, copy=True)
+
+    def measure(self, metrics: Sequence[Mapping[str, Tensor]], samples: Sequence[int]) -> None:
+        """Adds the metrics of one client's steps, each a mean over that many samples."""
+        for name in metrics[0]:
+            steps = torch.stack([step[name] for step in metrics]).to(torch.float64)
+            self.add(self.metrics, {name: steps @ steps.new_tensor(samples)})
+        self.steps_weight += sum(samples)
 
     def contribute(self, entries: Mapping[str, Tensor]) -> None:
         """Adds one client's contribution, and remembers its types."""

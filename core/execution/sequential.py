@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from .. import masks, rng
 from ..loss import ClientLoss
@@ -34,6 +35,7 @@ class Sequential(Executor):
         }
         epochs, clock, batches = self.task.federation.local_epochs, plan.clock, list[Batch]()
         checked = self.contracts is None
+        metrics, sizes = list[dict[str, Tensor]](), list[int]()
         for epoch in range(epochs):
             clock = clock._replace(epoch=epoch, epochs=epochs)
             following = self.epoch(client.number, clock)
@@ -57,9 +59,9 @@ class Sequential(Executor):
                     self.contracts.stepped(place, stepped.carry, stepped.metrics, plan.state.buffers)
                     checked = True
                 client.params, client.carry = stepped.params, stepped.carry
-                size = len(batch.targets)
-                uploads.add(uploads.metrics, {name: m * size for name, m in stepped.metrics.items()})
-                uploads.steps_weight += size
+                metrics.append(stepped.metrics)
+                sizes.append(len(batch.targets))
+        uploads.measure(metrics, sizes)
         if self.contracts:
             self.contracts.parameters(place, client.params)
         self.check_trained(plan, client.params, client.mask)

@@ -11,14 +11,16 @@ MACs of their own (normalisation, activations, pooling), biases and optimiser st
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple, cast
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 from .messages import Count
+
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers of which each output takes one MAC for each weight of its row or filter."""
 
 
 class Cost(NamedTuple):
@@ -32,10 +34,56 @@ def forward_macs(model: nn.Module, input_shape: Iterable[int], prunable: Iterabl
     """MACs of one image's forward pass by weight parameter, as `named_parameters` names them.
 
     `input_shape` is one image's, without the batch. All weights of convolutions and linear layers are
-    there, and every name in `prunable` (0 if it takes part in no matrix product). Measured on a copy on the
-    meta device in evaluation mode: `model` stays as it is, nothing is computed, no random number is drawn.
+    there, and every name in `prunable` (0 if it takes part in no matrix product). Measured on a copy in
+    evaluation mode: `model` and the random state stay as they are.
     A module with several weights (attention) shares its MACs in proportion to their sizes.
     """
+    plain = all(type(module) in PLAIN for module in _with_weights(model))
+    # names and ties are the original's: moving to the meta device unties tied weights
+    names = {id(param): name for name, param in model.named_parameters()}
+    macs = dict.fromkeys(prunable, 0.0)
+    for path, own in (_by_shapes if plain else _by_counter)(model, input_shape).items():
+        weights = [p for p in model.get_submodule(path).parameters(recurse=False) if p.dim() >= 2]
+        size = sum(p.numel() for p in weights)
+        for param in weights:
+            name = names[id(param)]
+            macs[name] = macs.get(name, 0.0) + own * (param.numel() / size)
+    return macs
+
+
+def _with_weights(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that have matrices, or tensors of more dimensions, of their own."""
+    return (m for m in model.modules() if any(p.dim() >= 2 for p in m.parameters(recurse=False)))
+
+
+def _by_shapes(model: nn.Module, input_shape: Iterable[int]) -> dict[str, float]:
+    """MACs by path of plain layers, by the shapes that they put out for one image of zeros.
+
+    The counter and the meta device would do, but take two seconds to import.
+    """
+    twin = copy.deepcopy(model).eval()
+    device = next(twin.parameters()).device
+    macs: dict[str, float] = {}
+
+    def count(path: str, module: nn.Module, output: Tensor) -> None:
+        weight = cast(Tensor, module.weight)
+        macs[path] = macs.get(path, 0.0) + output.numel() * weight[0].numel()
+
+    for path, module in twin.named_modules():
+        if type(module) in PLAIN:
+            module.register_forward_hook(lambda module, _, output, path=path: count(path, module, output))
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        twin(torch.zeros(1, *input_shape, device=device))
+    return macs
+
+
+def _by_counter(model: nn.Module, input_shape: Iterable[int]) -> dict[str, float]:
+    """MACs by path of every module that has weights of its own and computes products, by torch's counter.
+
+    Nothing is computed: it runs on the meta device.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
     twin = copy.deepcopy(model).to("meta").eval()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
@@ -46,18 +94,13 @@ def forward_macs(model: nn.Module, input_shape: Iterable[int], prunable: Iterabl
     def total(path: str) -> int:
         return flops.get(f"{root}.{path}" if path else root, 0)
 
-    # names and ties are the original's: moving to the meta device unties tied weights
-    names = {id(param): name for name, param in model.named_parameters()}
-    macs = dict.fromkeys(prunable, 0.0)
+    macs: dict[str, float] = {}
     # a module that is reached by two paths is counted under one of them: add up both
     for path, module in model.named_modules(remove_duplicate=False):
         children = (f"{path}.{child}" if path else child for child, _ in module.named_children())
         own = total(path) - sum(map(total, children))
-        weights = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
-        size = sum(p.numel() for p in weights)
-        for param in weights if own else ():
-            name = names[id(param)]
-            macs[name] = macs.get(name, 0.0) + own / 2 * (param.numel() / size)
+        if own and any(p.dim() >= 2 for p in module.parameters(recurse=False)):
+            macs[path] = own / 2
     return macs
 
 

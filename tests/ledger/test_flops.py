@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedsparse.core.ledger import Count, forward_macs, training_cost
+from fedsparse.core.errors import ConfigError
+from fedsparse.core.ledger import Count, flops, forward_macs, training_cost
+from fedsparse.core.models import MODELS
 
 
 def lenet(channels: tuple[int, int, int], sizes: tuple[int, ...]) -> nn.Sequential:
@@ -144,3 +146,18 @@ def test_training_cost() -> None:
     cost = training_cost({"a": 400.0, "b": 20.0}, counts, sizes)
     assert cost.step == 2 * (200 + 200 + 100) + 2 * (20 + 20 + 10)
     assert cost.score == 2 * (200 + 200 + 400) + 2 * (20 + 20 + 20)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_shapes_and_counter_agree(name: str) -> None:
+    """Plain layers are counted by the shapes of their outputs, as torch's counter does it."""
+    for shape in ((3, 32, 32), (1, 28, 28), (1, 1, 4000)):
+        try:
+            model = MODELS[name]().build(shape, 10)
+        except ConfigError:
+            continue
+        by_shapes = flops._by_shapes(model, shape)
+        assert sum(by_shapes.values()) > 0
+        assert by_shapes == flops._by_counter(model, shape)
+        return
+    raise AssertionError(f"{name} takes none of these shapes")

@@ -1,0 +1,77 @@
+"""The k-th largest value on the host equals torch's, whatever the values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fedsparse.core import masks
+from fedsparse.core.selection import kth_largest, readable
+
+
+def drawn(kind: str) -> torch.Tensor:
+    torch.manual_seed(3)
+    values = torch.randn(5000)
+    return {
+        "normal": values,
+        "magnitudes": values.abs(),
+        "many zeros": values.relu(),
+        "few values": (values * 2).round(),
+        "one value": torch.full((5000,), -0.25),
+        "signed zeros": torch.where(values > 0, 0.0, -0.0),
+        "infinite": torch.where(values > 1, math.inf, torch.where(values < -1, -math.inf, values)),
+        "tiny": values * 1e-42,  # denormal
+        "double": values.double(),
+        "integers": (values * 1e6).long(),
+        "bfloat16": values.bfloat16(),
+    }[kind]
+
+
+KINDS = [
+    *("normal", "magnitudes", "many zeros", "few values", "one value", "signed zeros", "infinite", "tiny"),
+    *("double", "integers", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_sorting(kind: str) -> None:
+    values = drawn(kind)
+    ordered = values.sort(descending=True).values
+    for k in (1, 2, 17, 2499, 2500, 2501, 4999, 5000):
+        found = kth_largest(values, k)
+        assert found.dtype == values.dtype
+        assert found == ordered[k - 1]
+        assert kth_largest(values, torch.tensor(k)) == found
+
+
+def test_nan_is_the_largest() -> None:
+    values = torch.tensor([1.0, math.nan, math.inf, -2.0])
+    assert math.isnan(kth_largest(values, 1))
+    assert kth_largest(values, 2) == math.inf
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bfloat16"])
+def test_the_mask_of_the_largest_is_that_under_vmap(kind: str) -> None:
+    """Ties go by flat index, on the host as in transforms."""
+    values = drawn(kind).view(50, 100)
+    for count in (0, 1, 2500, 4999, 5000):
+        stacked = torch.func.vmap(lambda score, count=count: masks.largest(score, count))(values[None])[0]
+        found = masks.largest(values, count)
+        assert torch.equal(found, stacked)
+        assert int(found.sum()) == count
+
+
+def test_values_under_a_transform_are_not_readable() -> None:
+    seen = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(readable(x))
+        return x.sum()
+
+    x = torch.ones(2, 3)
+    torch.func.vmap(look)(x)
+    torch.func.grad(look)(x)
+    look(x)
+    assert seen == [False, False, True]
