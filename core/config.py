@@ -124,13 +124,21 @@ class ExecutionConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int = Field(1, ge=1, le=1024, description="CPU threads; more than one rarely pays")
     contracts: bool = Field(True, description="check what hooks return")
-    executor: Literal["auto", "sequential", "vectorised"] = Field(
+    executor: Literal["auto", "sequential", "vectorised", "graph"] = Field(
         "auto",
         description="'sequential': clients one after another; 'vectorised': stacked, stepped together; "
-        "'auto': by the size of a step and the device; the run's header says why",
+        "'graph': steps replayed as CUDA graphs, several clients side by side; 'auto': sequential or "
+        "vectorised by the size of a step and the device; the run's header says why",
     )
     chunk: int | None = Field(
-        None, ge=1, description="clients that are stacked at once; unset: as many as fit into free memory"
+        None,
+        ge=1,
+        description="clients that train at once; unset: as many as fit into free memory, under 'graph' at "
+        "most 4",
+    )
+    compile: bool = Field(
+        False,
+        description="compile the whole step with torch.compile first, which takes a minute; for 'graph'",
     )
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
         "auto",

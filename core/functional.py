@@ -31,6 +31,9 @@ def call(module: nn.Module, tensors: Mapping[str, Tensor], *inputs: Tensor) -> T
     The module is left as it was. Not for one module in several threads at once, and its submodules must stay
     the same ones.
     """
+    if torch.compiler.is_compiling():
+        traced: Tensor = torch.func.functional_call(module, dict(tensors), inputs)
+        return traced
     places = _places.get(module)
     if places is None:
         places = _places[module] = _find(module)
@@ -58,7 +61,12 @@ def _find(module: nn.Module) -> list[_Place]:
 
 
 def is_stacked(tensors: Mapping[Any, Tensor]) -> bool:
-    """Whether the tensors are those of `torch.func.vmap` or `grad`, which have no host values."""
+    """Whether the tensors are those of `torch.func.vmap` or `grad`, or of a step that is being compiled.
+
+    The host cannot look at their values.
+    """
+    if torch.compiler.is_compiling():
+        return True
     if torch._C._functorch.peek_interpreter_stack() is None:  # outside both, at a hundredth of the cost
         return False
     return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors.values())

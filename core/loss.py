@@ -80,7 +80,7 @@ class ClientLoss:
 
     def value_and_grad(self, params: Params, carry: Carry, batch: Batch) -> tuple[Tensor, Params, Carry]:
         """Loss (0-d), its gradient by parameter, dense, and the carry with the new buffers."""
-        if is_stacked(params) or is_stacked(batch._asdict()) or torch.compiler.is_compiling():
+        if is_stacked(params) or is_stacked(batch._asdict()):
             grads, (value, buffers) = torch.func.grad(self._with_aux, has_aux=True)(params, carry, batch)
             return value, grads, Carry(buffers, carry.state)
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}

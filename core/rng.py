@@ -39,11 +39,18 @@ def fold(stream: Tensor, *path: str | int) -> Tensor:
     return _mix(stream ^ number(*path))
 
 
+def folded(stream: int, paths: Sequence[Sequence[str | int]], device: torch.device | str = "cpu") -> Tensor:
+    """`fold` of one stream with each of several paths, (paths,), in one transfer to the device."""
+    return _mix(torch.tensor([number(*path) ^ stream for path in paths], device=device))
+
+
 def bits(stream: Tensor, shape: Sequence[int]) -> Tensor:
     """Independent uniform integers in [0, 2^63), int64 of the given shape."""
     count = int(np.prod(shape, dtype=np.int64))
     position = torch.arange(1, count + 1, device=stream.device)
-    return _shift(_mix(stream + position * GOLDEN), 1).view(tuple(shape))
+    # the compiler would take the product of an index and a number for an address, which does not wrap
+    golden = (stream & 0) | GOLDEN if torch.compiler.is_compiling() else GOLDEN
+    return _shift(_mix(stream + position * golden), 1).view(tuple(shape))
 
 
 def uniform(stream: Tensor, shape: Sequence[int]) -> Tensor:

@@ -10,9 +10,13 @@ import torch
 from ..compose import Hooks
 from ..config import ExecutionConfig
 from ..contracts import Contracts
+from ..errors import ConfigError, Problem
 from ..ledger import Ledger
 from ..loss import ModelLoss
+from ..registry import describe
+from ..state import Batch, Params
 from ..task import Task
+from .graph import Graph
 from .sequential import Sequential
 from .training import Executor
 from .vectorised import Vectorised
@@ -22,6 +26,7 @@ SMALL = 2_000_000  # parameters; a client of a larger model keeps a GPU busy alo
 # a CPU computes smaller steps than these faster than Python calls its operations (measured: 2 to 3 times
 # slower one after another at 0.75 million MACs and 6,000 parameters, equal at 5.6 million and 53,000)
 TINY_STEP, TINY = 2_000_000, 20_000  # MACs, parameters
+STREAMS = 4  # clients that graphs train side by side
 COPIES = 6  # of the parameters, at the peak of a step: values, gradients, momentum, and their successors
 
 
@@ -47,6 +52,11 @@ def choose(
     """
     parameters = sum(p.numel() for p in task.model.parameters())
     kind, why = config.executor, "as set"
+    if config.compile and kind != "graph":
+        message = (
+            f"compiled steps need tensors at fixed places; set execution.executor = 'graph' ({kind!r} now)"
+        )
+        raise ConfigError([Problem("execution.compile", message)])
     if kind == "auto":
         if task.device.type == "cpu":
             small = macs * task.federation.batch_size <= TINY_STEP and parameters <= TINY
@@ -55,13 +65,45 @@ def choose(
             small = parameters <= SMALL
             why = f"{parameters:,} parameters {'leave a GPU idle' if small else 'keep a GPU busy'}"
         kind = "vectorised" if small else "sequential"
+        trouble = unstackable(loss, task) if small else ""
+        if trouble:
+            kind, why = "sequential", f"its model cannot be stacked: {trouble}"
     parts = (task, hooks, loss, ledger, contracts)
     if kind == "sequential":
         return Chosen(Sequential(*parts), why)
-    executor = Vectorised(*parts)
-    cohort = task.federation.clients_per_round
-    executor.size = min(cohort, config.chunk or fitting(task, parameters))
+    cohort, room = task.federation.clients_per_round, fitting(task, parameters)
+    executor: Vectorised | Graph
+    if kind == "graph":
+        executor, room = Graph(*parts), min(room, STREAMS)
+        executor.compile = config.compile
+        why += "; compiled" if config.compile else ""
+        why += "; a CPU has no graphs and runs the steps as they are" if task.device.type == "cpu" else ""
+    else:
+        executor = Vectorised(*parts)
+    executor.size = min(cohort, config.chunk or room)
     return Chosen(executor, f"{why}; {executor.size} of {cohort} clients at once")
+
+
+def unstackable(loss: ModelLoss, task: Task) -> str:
+    """Why `torch.func.vmap` cannot take the model, tried with two clients of two samples; "" if it can."""
+
+    def gradient(params: Params, buffers: Params, batch: Batch) -> Params:
+        found: Params = torch.func.grad(lambda p: loss.plain(p, buffers, batch)[0])(params)
+        return found
+
+    tensors = task.initial()
+    device, shape = task.device, task.dataset.input_shape
+    batch = Batch(
+        torch.zeros(2, 2, *shape, device=device), torch.zeros(2, 2, dtype=torch.int64, device=device)
+    )
+    params, buffers = ({name: t.expand(2, *t.shape) for name, t in group.items()} for group in tensors)
+    loss.model.train()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.func.vmap(gradient, randomness="different")(params, buffers, batch)
+    except Exception as error:
+        return describe(error).partition("\n")[0]
+    return ""
 
 
 def fitting(task: Task, parameters: int) -> int:

@@ -8,71 +8,93 @@ import torch
 from torch import Tensor
 
 from .. import masks, rng
-from ..loss import ClientLoss
-from ..state import Batch, Clock, Stepped
+from ..state import Batch, Clock
 from .exchange import Plan, Uploads
-from .training import Client, Executor, cleared
+from .step import Given
+from .training import Client, Executor, apart, cleared
 
 
 class Sequential(Executor):
     """Trains one client after another."""
 
-    def train_all(self, plan: Plan, clients: Sequence[int], uploads: Uploads) -> None:
-        for number in clients:
-            self.hooks.at = (plan.clock.round, number)
-            with self.model_randomness(plan, number):
-                client = self.download(plan, number)
-                self.train_client(plan, client, uploads)
-                self.upload(plan, client, uploads)
+    size = 1  # clients whose steps are interleaved; no more than one here
 
-    def train_client(self, plan: Plan, client: Client, uploads: Uploads) -> None:
-        """All local epochs, with the client's readjustment where it is due."""
-        offered, place = self.settings(plan), self.hooks.where("local_step")
-        device = self.task.device
-        keys = {
-            name: torch.tensor(number, device=device)
-            for name, number in self.keys(plan, client.number).items()
-        }
-        epochs, clock, batches = self.task.federation.local_epochs, plan.clock, list[Batch]()
-        checked = self.contracts is None
-        metrics, sizes = list[dict[str, Tensor]](), list[int]()
+    def train_all(self, plan: Plan, clients: Sequence[int], uploads: Uploads) -> None:
+        for numbers in apart(clients, self.size):
+            self.hooks.at = (plan.clock.round, numbers[0])
+            with self.model_randomness(plan, numbers[0]):
+                group = [self.download(plan, number) for number in numbers]
+                self.train_group(plan, group, uploads)
+                for client in group:
+                    self.hooks.at = (plan.clock.round, client.number)
+                    self.upload(plan, client, uploads)
+
+    def train_group(self, plan: Plan, group: Sequence[Client], uploads: Uploads) -> None:
+        """All local epochs, with each client's readjustment where it is due."""
+        epochs, clock, batches = self.task.federation.local_epochs, plan.clock, list[list[Batch]]()
         for epoch in range(epochs):
             clock = clock._replace(epoch=epoch, epochs=epochs)
-            following = self.epoch(client.number, clock)
+            following = [self.epoch(client.number, clock) for client in group]
             # before the first epoch nothing has passed yet: the first minibatches stand in
-            self.readjust(plan, client, clock, batches or following[: self.hooks.score_batches])
+            first = [own[: self.hooks.score_batches] for own in following]
+            self.readjust_group(plan, group, clock, batches or first)
             batches = following
-            for index, batch in enumerate(batches):
-                own = {name: rng.fold(key, epoch, index) for name, key in keys.items()}
-                offered |= {
-                    "loss": ClientLoss(self.loss, client.mask, plan.state.params, own.get("dropout")),
-                    "params": client.params,
-                    "carry": client.carry,
-                    "batch": batch,
-                    "trainable": client.trainable,
-                    "clock": clock,
-                    "key": own.get("step"),
-                }
-                stepped = self.step(Stepped, place, **offered)
-                if not checked and self.contracts:
+            self.steps(plan, group, clock, batches, uploads)
+        for client in group:
+            self.hooks.at = (plan.clock.round, client.number)
+            self.check_trained(plan, client.params, client.mask)
+        self.readjust_group(plan, group, clock._replace(epoch=epochs), batches)
+        if self.collects_score(plan):
+            for client, own in zip(group, batches, strict=True):
+                self.add_score(plan, client, own, uploads)
+
+    def steps(
+        self,
+        plan: Plan,
+        group: Sequence[Client],
+        clock: Clock,
+        batches: Sequence[Sequence[Batch]],
+        uploads: Uploads,
+    ) -> None:
+        """One local epoch of the clients of a group."""
+        step, place = self.stepper(plan, clock), self.hooks.where("local_step")
+        for client, own in zip(group, batches, strict=True):
+            keys = self.step_keys(plan, client.number, clock, len(own))
+            metrics = []
+            for index, batch in enumerate(own):
+                given = self.given(plan, client, batch, {name: each[index] for name, each in keys.items()})
+                stepped = step(given)
+                if self.contracts and not (clock.epoch or index):
                     self.contracts.parameters(place, stepped.params)
                     self.contracts.stepped(place, stepped.carry, stepped.metrics, plan.state.buffers)
-                    checked = True
                 client.params, client.carry = stepped.params, stepped.carry
                 metrics.append(stepped.metrics)
-                sizes.append(len(batch.targets))
-        uploads.measure(metrics, sizes)
-        if self.contracts:
-            self.contracts.parameters(place, client.params)
-        self.check_trained(plan, client.params, client.mask)
-        self.readjust(plan, client, clock._replace(epoch=epochs), batches)
-        if self.collects_score(plan):
-            self.add_score(plan, client, batches, uploads)
+            uploads.measure(metrics, [len(batch.targets) for batch in own])
+            if self.contracts:
+                self.contracts.parameters(place, client.params)
+
+    def given(self, plan: Plan, client: Client, batch: Batch, keys: dict[str, Tensor]) -> Given:
+        """What a client's step reads."""
+        masks_ = (client.mask, client.trainable)
+        return Given(client.params, client.carry, batch, *masks_, plan.state.params, keys)
+
+    def step_keys(self, plan: Plan, number: int, clock: Clock, count: int) -> dict[str, Tensor]:
+        """The keys of the steps of an epoch by purpose, (count,) each."""
+        paths = [(clock.epoch, index) for index in range(count)]
+        own = self.keys(plan, number)
+        return {name: rng.folded(stream, paths, self.task.device) for name, stream in own.items()}
+
+    def readjust_group(
+        self, plan: Plan, group: Sequence[Client], clock: Clock, batches: Sequence[Sequence[Batch]]
+    ) -> None:
+        """Moves the clients' masks, if their part works on clients and is due now."""
+        if self.readjusts(plan, clock):
+            for client, own in zip(group, batches, strict=True):
+                self.hooks.at = (plan.clock.round, client.number)
+                self.readjust(plan, client, clock, own)
 
     def readjust(self, plan: Plan, client: Client, clock: Clock, batches: Sequence[Batch]) -> None:
-        """Moves the client's mask, if its part works on clients and is due now."""
-        if not self.readjusts(plan, clock):
-            return
+        """Moves the client's mask."""
         state, score = plan.state, {}
         if self.needs_score:
             score = self.score(plan, client, clock, batches)

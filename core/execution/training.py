@@ -6,10 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import masks, rng
 from ..budget import Budget
@@ -18,9 +17,10 @@ from ..contracts import Contracts, versions
 from ..dropout import drops
 from ..ledger import Ledger
 from ..loss import ClientLoss, ModelLoss
-from ..state import Batch, Carry, Clock, Masks, Memory, Params, Readjusted, Scores, Sums, moved_to
+from ..state import Batch, Carry, Clock, Masks, Memory, Params, Readjusted, Scores, Stepped, Sums, moved_to
 from ..task import Task
 from .exchange import Plan, Uploads
+from .step import Settings, Step, offered
 
 
 @dataclass
@@ -72,19 +72,23 @@ class Executor(ABC):
     def train_all(self, plan: Plan, clients: Sequence[int], uploads: Uploads) -> None:
         """Trains the clients and adds up what they send."""
 
-    def settings(self, plan: Plan) -> dict[str, Any]:
-        """What `local_step` is offered besides a client's own tensors."""
+    def stepper(self, plan: Plan, clock: Clock) -> Step:
+        """The local step of an epoch as a function of tensors alone."""
+        numbers, place = self.settings(plan, clock)._asdict(), self.hooks.where("local_step")
+        return lambda given: self.step(Stepped, place, **offered(given, self.loss, numbers))
+
+    def settings(self, plan: Plan, clock: Clock) -> Settings:
+        """The numbers that a step reads."""
         federation = self.task.federation
-        return {
-            "anchor": plan.state.params,
-            "lr": plan.lr,
-            "momentum": federation.momentum,
-            "weight_decay": federation.weight_decay,
-            "target": plan.target,
-        }
+        return Settings(plan.lr, federation.momentum, federation.weight_decay, plan.target, clock)
+
+    def whole_batches(self) -> bool:
+        """Whether all samples of a minibatch act on each other, so that none may fill it up."""
+        normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.task.model.modules())
+        return normalises or getattr(self.hooks.method.local_step, "whole_batches", False)
 
     def keys(self, plan: Plan, number: int) -> dict[str, int]:
-        """The streams of a client's steps in this round, those that are needed; each step folds its own."""
+        """The streams of a client's steps in this round, those that are needed; each step has its own."""
         wanted = {"step": self.needs_key, "dropout": self.drops}
         path = (plan.clock.round, number)
         return {name: rng.number(self.task.seed, name, *path) for name, needed in wanted.items() if needed}
@@ -236,6 +240,18 @@ class Executor(ABC):
             if self.contracts:
                 self.contracts.memory(self.hooks.where("client_final"), row)
             state.rows[client.number] = moved_to(row, "cpu", copy=True)  # no view of a chunk's tensors
+
+
+def apart(clients: Sequence[int], size: int) -> Iterator[list[int]]:
+    """The clients in groups of at most `size`; one that was sampled twice is in two of them."""
+    group: list[int] = []
+    for number in clients:
+        if len(group) == size or number in group:
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group
 
 
 def cleared(client: Client, moved: Readjusted) -> Carry:

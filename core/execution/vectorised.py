@@ -13,17 +13,14 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import masks, rng
-from ..loss import ClientLoss
-from ..state import Batch, Carry, Clock, Masks, Params, Scores, Stepped
+from ..state import Batch, Carry, Clock, Masks, Params, Scores
 from .exchange import Plan, Uploads
-from .training import Client, Executor, cleared
-
-IGNORED = -100  # target of a sample that fills up: `ignore_index` of the loss
+from .step import IGNORED, Given, Step, filled, stacked
+from .training import Client, Executor, apart, cleared
 
 
 @dataclass
@@ -57,25 +54,12 @@ class Vectorised(Executor):
     size = 1
 
     def train_all(self, plan: Plan, clients: Sequence[int], uploads: Uploads) -> None:
-        for numbers in self.chunks(clients):
+        by_samples = sorted(clients, key=lambda c: (-len(self.task.partition.train_of(c)), c))
+        for numbers in apart(by_samples, self.size):
             self.hooks.at = (plan.clock.round, None)
             # what layers other than dropout draw repeats, but is not what they draw one after another
             with self.model_randomness(plan, numbers[0]):
                 self.train_chunk(plan, numbers, uploads)
-
-    def chunks(self, clients: Sequence[int]) -> Iterator[list[int]]:
-        """The clients by number of samples; one that was sampled twice is in two chunks."""
-        waiting = sorted(clients, key=lambda c: (-len(self.task.partition.train_of(c)), c))
-        while waiting:
-            chunk = list(dict.fromkeys(waiting))[: self.size]
-            for number in chunk:
-                waiting.remove(number)
-            yield chunk
-
-    def whole_batches(self) -> bool:
-        """Whether all samples of a minibatch act on each other, so that none may fill it up."""
-        normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.task.model.modules())
-        return normalises or getattr(self.hooks.method.local_step, "whole_batches", False)
 
     def stack(self, plan: Plan, numbers: Sequence[int]) -> Chunk:
         """The chunk as it downloads."""
@@ -97,10 +81,10 @@ class Vectorised(Executor):
             first = [each[: self.hooks.score_batches] for each in following]
             self.readjust(plan, chunk, clock, batches or first)
             batches = following
+            step = stacked(self.stepper(plan, clock), chunk.readjusted)
             for index in range(len(batches[0])):
                 for begin, end, batch in self.groups(batches, index):
-                    own = {name: key[begin:end] for name, key in keys.items()}
-                    self.step_clients(plan, chunk, (begin, end), batch, own, clock, index, uploads)
+                    self.step_clients(plan, chunk, step, (begin, end), batch, keys, clock, index, uploads)
         self.check_trained(plan, chunk.params, chunk.mask)
         self.readjust(plan, chunk, clock._replace(epoch=epochs), batches)
         if self.collects_score(plan):
@@ -113,18 +97,19 @@ class Vectorised(Executor):
         active = [own[index] for own in batches if len(own) > index]
         sizes = [len(batch.targets) for batch in active]
         if not self.whole_batches():
-            yield 0, len(active), Batch(*_stacked(active, max(sizes)))
+            yield 0, len(active), _stacked(active, max(sizes))
             return
         begin = 0
         for size, group in groupby(sizes):  # sizes fall, because clients are sorted
             end = begin + len(list(group))
-            yield begin, end, Batch(*_stacked(active[begin:end], size))
+            yield begin, end, _stacked(active[begin:end], size)
             begin = end
 
     def step_clients(
         self,
         plan: Plan,
         chunk: Chunk,
+        step: Step,
         range_: tuple[int, int],
         batch: Batch,
         keys: dict[str, Tensor],
@@ -133,35 +118,15 @@ class Vectorised(Executor):
         uploads: Uploads,
     ) -> None:
         """One step of the clients of a range."""
-        settings, place = self.settings(plan), self.hooks.where("local_step")
-        first = slice(*range_)
+        place, first = self.hooks.where("local_step"), slice(*range_)
         everybody = range_ == (0, len(chunk.clients))
-        owned = 0 if chunk.readjusted else None
-
-        def step(
-            params: Params, carry: Carry, batch: Batch, mask: Masks, trainable: Masks, keys: dict[str, Tensor]
-        ) -> Stepped:
-            own = {name: rng.fold(key, clock.epoch, index) for name, key in keys.items()}
-            offered: dict[str, Any] = {
-                "loss": ClientLoss(self.loss, mask, plan.state.params, own.get("dropout")),
-                "params": params,
-                "carry": carry,
-                "batch": batch,
-                "trainable": trainable,
-                "clock": clock,
-                "key": own.get("step"),
-            }
-            return self.step(Stepped, place, **settings, **offered)
-
         own_masks = (chunk.mask, chunk.trainable)
+        own_params, own_carry = chunk.params, chunk.carry
         if not everybody:
-            own_params, own_carry = pytree.tree_map(lambda t: t[first], (chunk.params, chunk.carry))
+            own_params, own_carry = pytree.tree_map(lambda t: t[first], (own_params, own_carry))
             own_masks = pytree.tree_map(lambda t: t[first], own_masks) if chunk.readjusted else own_masks
-        else:
-            own_params, own_carry = chunk.params, chunk.carry
-        stepped: Stepped = torch.func.vmap(step, in_dims=(0, 0, 0, owned, owned, 0), randomness="different")(
-            own_params, own_carry, batch, *own_masks, keys
-        )
+        own_keys = {name: rng.fold(key[first], clock.epoch, index) for name, key in keys.items()}
+        stepped = step(Given(own_params, own_carry, batch, *own_masks, plan.state.params, own_keys))
         if self.contracts and not (clock.epoch or index):
             shown = pytree.tree_map(lambda t: t[0], stepped)
             self.contracts.parameters(place, shown.params)
@@ -249,11 +214,7 @@ def _spread(tensors: Masks, clients: int) -> Masks:
     return {name: tensor.expand(clients, *tensor.shape) for name, tensor in tensors.items()}
 
 
-def _stacked(batches: Sequence[Batch], size: int) -> tuple[Tensor, Tensor]:
+def _stacked(batches: Sequence[Batch], size: int) -> Batch:
     """Inputs (clients, size, …) and targets (clients, size), filled up where a minibatch is short."""
-    inputs, targets = [], []
-    for x, y in batches:
-        short = size - len(y)
-        inputs.append(pad(x, (0, 0) * (x.dim() - 1) + (0, short)) if short else x)
-        targets.append(pad(y, (0, short), value=IGNORED) if short else y)
-    return torch.stack(inputs), torch.stack(targets)
+    full = [filled(batch, size) for batch in batches]
+    return Batch(torch.stack([x for x, _ in full]), torch.stack([y for _, y in full]))

@@ -1,6 +1,8 @@
 """Executors are interchangeable: what clients compute does not depend on how they are run."""
 
 import copy
+import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -8,10 +10,14 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import dropout, dropout2d
 
-from fedsparse.core import functional, rng
+from fedsparse.core import functional, optim, rng
 from fedsparse.core.dropout import KeyedDropout
-from fedsparse.core.errors import ConfigError
+from fedsparse.core.errors import ConfigError, RunError
+from fedsparse.core.execution.choose import unstackable
+from fedsparse.core.hookspecs import hookimpl
 from fedsparse.core.registry import Registry
+from fedsparse.core.state import Carry, Stepped
+from fedsparse.plugins.fedavg import MaskedSgd
 
 IMAGES = {
     "task__dataset__channels": 3,
@@ -29,10 +35,10 @@ def last(engine):
     return list(engine.rounds(engine.start()))[-1]
 
 
-def both(make_engine, plugin="pffdst", **changes):
-    """The last reports of the sequential and of the vectorised executor."""
+def both(make_engine, plugin="pffdst", other="vectorised", **changes):
+    """The last reports of the sequential and of another executor."""
     changes = {"execution__chunk": 2, **changes}
-    kinds = ("sequential", "vectorised")
+    kinds = ("sequential", other)
     return [last(make_engine(plugin, **{**changes, "execution__executor": kind})) for kind in kinds]
 
 
@@ -48,41 +54,46 @@ def assert_same(one, other, atol=1e-6):
     assert other.metrics["train_loss"] == pytest.approx(one.metrics["train_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("other", ["vectorised", "graph"])
 @pytest.mark.parametrize("plugin", Registry().names())
-def test_every_method_is_the_same_in_both(make_engine, plugin):
+def test_every_method_is_the_same_in_both(make_engine, plugin, other):
     """Clients of several sizes, in chunks; masks of clients and server move in every round."""
     changes = {"method__readjust__period": 1} if plugin in ("feddst", "pffdst") else {}
     changes |= {"task__partition__use": "dirichlet", "federation__rounds": 3, "federation__local_epochs": 2}
-    assert_same(*both(make_engine, plugin, **changes))
+    assert_same(*both(make_engine, plugin, other, **changes))
 
 
-def test_dropout_draws_the_same_in_both(make_engine):
+@pytest.mark.parametrize("other", ["vectorised", "graph"])
+def test_dropout_draws_the_same_in_both(make_engine, other):
     changes = IMAGES | {"task__model__use": "cifar-cnn", "federation__learning_rate": 1e-3}
-    assert_same(*both(make_engine, "feddst", method__readjust__period=1, **changes))
+    assert_same(*both(make_engine, "feddst", other, method__readjust__period=1, **changes))
 
 
 @pytest.mark.slow
-def test_batch_normalisation_sees_whole_minibatches(make_engine):
+@pytest.mark.parametrize("other", ["vectorised", "graph"])
+def test_batch_normalisation_sees_whole_minibatches(make_engine, other):
     """Clients of one step have minibatches of several sizes, none of which may be filled up."""
     changes = IMAGES | {"task__model__use": "resnet18", "federation__rounds": 1, "task__dataset__train": 24}
     changes |= {"federation__batch_size": 4, "task__partition__use": "iid", "federation__clients": 5}
     # small steps: statistics of 1 to 4 samples would amplify rounding from step to step
     changes |= {"federation__learning_rate": 1e-4, "federation__local_epochs": 1}
-    reports = both(make_engine, **changes)
+    reports = both(make_engine, other=other, **changes)
     assert reports[0].state.buffers
     assert_same(*reports)
 
 
-def test_a_client_that_is_sampled_twice_trains_twice_in_a_row(make_engine):
+@pytest.mark.parametrize("other", ["vectorised", "graph"])
+def test_a_client_that_is_sampled_twice_trains_twice_in_a_row(make_engine, other):
     changes = {"federation__replacement": True, "federation__clients": 3, "federation__rounds": 4}
-    reports = both(make_engine, "scaffold", federation__clients_per_round=3, **changes)
+    reports = both(make_engine, "scaffold", other, federation__clients_per_round=3, **changes)
     assert len(set(reports[0].metrics["clients"])) < 3 or reports[0].metrics["samples"] > 0
     assert_same(*reports)
 
 
+@pytest.mark.parametrize("other", ["vectorised", "graph"])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7])
-def test_chunks_of_any_size_give_the_same(make_engine, chunk):
-    assert_same(*both(make_engine, "feddst", execution__chunk=chunk, federation__rounds=4))
+def test_chunks_of_any_size_give_the_same(make_engine, chunk, other):
+    assert_same(*both(make_engine, "feddst", other, execution__chunk=chunk, federation__rounds=4))
 
 
 def test_client_order_and_chunks_do_not_show_in_the_sums(make_engine):
@@ -214,6 +225,106 @@ def test_auto_goes_by_the_size_of_a_step_and_says_why(make_engine):
     engine = make_engine(execution__executor="vectorised", execution__chunk=2)
     assert engine.why == "as set; 2 of 3 clients at once"
     assert make_engine(execution__executor="vectorised").executor.size == 3
+
+
+MODELS = """
+import torch
+from torch import nn
+
+class Branching(nn.Module):
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.layer = nn.Linear(shape[0] * shape[1] * shape[2], classes)
+
+    def forward(self, x):
+        x = self.layer(x.flatten(1))
+        return x if x.sum() > 0 else 2 * x
+
+def branching(input_shape, classes):
+    return Branching(input_shape, classes)
+"""
+
+
+def test_auto_leaves_models_that_cannot_be_stacked_to_the_loop(make_engine, tmp_path, monkeypatch):
+    (tmp_path / "my_models.py").write_text(MODELS)
+    monkeypatch.syspath_prepend(tmp_path)
+    changes = {"task__model__use": "my_models:branching", "task__model__hidden": None}
+    engine = make_engine(execution__executor="auto", **changes)
+    assert type(engine.executor).__name__ == "Sequential"
+    assert engine.why.startswith("its model cannot be stacked: ")
+    assert "data-dependent" in engine.why
+    last(engine)
+
+
+def test_normalised_models_can_be_stacked(make_engine):
+    engine = make_engine(execution__executor="sequential", **IMAGES, task__model__use="resnet18")
+    assert unstackable(engine.loss, engine.task) == ""
+
+
+def test_a_graph_says_what_it_is_on_a_cpu(make_engine):
+    engine = make_engine(execution__executor="graph", federation__clients=9, federation__clients_per_round=8)
+    assert engine.executor.size == 4
+    assert engine.why == (
+        "as set; a CPU has no graphs and runs the steps as they are; 4 of 8 clients at once"
+    )
+
+
+def test_a_graph_holds_the_rate_that_a_schedule_moves(make_engine):
+    """Numbers are constants of a captured step: another rate needs another capture."""
+    changes = {"federation__learning_rate_schedule": "exponential", "federation__learning_rate_final": 1e-3}
+    assert_same(*both(make_engine, "feddst", "graph", federation__rounds=4, **changes))
+
+
+class Renaming(MaskedSgd):
+    """Forgets the momentum that it was given."""
+
+    @hookimpl
+    def local_step(self, loss, params, carry, batch, trainable, lr, momentum, weight_decay):
+        value, grads, carry = loss.value_and_grad(params, carry, batch)
+        params, _ = optim.sgd(params, grads, {}, trainable, lr)
+        return Stepped(params, Carry(carry.buffers, {}), {"loss": value})
+
+
+def test_a_graph_needs_the_names_that_a_step_was_given(make_engine):
+    engine = make_engine("fedavg", execution__executor="graph", federation__momentum=0.9)
+    engine.executor.step = dataclasses.replace(
+        engine.executor.step, function=Renaming().local_step, takes=tuple(engine.executor.step.takes)
+    )
+    with pytest.raises(RunError, match=r"the step returned \[\] where it was given \['momentum'\]"):
+        last(engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plugin", ["pffdst", "scaffold", "feddyn"])
+def test_a_compiled_step_is_the_step(make_engine, plugin):
+    pytest.importorskip("torch._inductor")
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on CPUs")
+    plain = last(make_engine(plugin, execution__executor="sequential"))
+    compiled = last(make_engine(plugin, execution__executor="graph", execution__compile=True))
+    assert_same(plain, compiled)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_drops_the_same(make_engine):
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on CPUs")
+    changes = IMAGES | {"task__model__use": "cifar-cnn", "federation__learning_rate": 1e-3}
+    plain = last(make_engine("feddst", execution__executor="sequential", **changes))
+    compiled = last(make_engine("feddst", execution__executor="graph", execution__compile=True, **changes))
+    assert_same(plain, compiled)
+
+
+@pytest.mark.slow
+def test_a_step_that_cannot_be_compiled_is_named(make_engine):
+    engine = make_engine("sparsyfed", execution__executor="graph", execution__compile=True)
+    with pytest.raises(RunError, match=r"sparsyfed.*cannot be compiled.*execution.compile = false"):
+        last(engine)
+
+
+def test_compiled_steps_need_the_graph_executor(make_engine):
+    with pytest.raises(ConfigError, match=r"set execution.executor = 'graph' \('sequential' now\)"):
+        make_engine(execution__compile=True)
 
 
 def test_unknown_executors_are_refused(make_engine):

@@ -1,0 +1,186 @@
+"""The graph executor: a client's step captured once as a CUDA graph and replayed, clients side by side.
+
+Each client of a group has a lane: a stream, and every tensor of its step at a fixed place. A replay costs
+the host a few copies whatever the model's size, and lanes fill the GPU where one client does not. On a CPU
+a lane runs the step as it is, at the same places: what a graph asks of a method shows there, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..compose import PluginError
+from ..errors import RunError
+from ..registry import describe
+from ..state import Batch, Clock, Stepped
+from .exchange import Plan, Totals, Uploads
+from .sequential import Sequential
+from .step import IGNORED, Given, Step, compiled, filled
+from .training import Client
+
+WARM_UPS = 3  # as PyTorch advises before a capture
+
+
+class Graph(Sequential):
+    """Trains `size` clients side by side."""
+
+    lanes: list[Lane]
+    compile = False
+
+    def train_all(self, plan: Plan, clients: Sequence[int], uploads: Uploads) -> None:
+        if not hasattr(self, "lanes"):
+            if self.compile:
+                torch.compiler.reset()  # what other runs of this process compiled counts against a limit
+            self.lanes = [Lane(self.task.device) for _ in range(self.size)]
+        super().train_all(plan, clients, uploads)
+
+    def steps(
+        self,
+        plan: Plan,
+        group: Sequence[Client],
+        clock: Clock,
+        batches: Sequence[Sequence[Batch]],
+        uploads: Uploads,
+    ) -> None:
+        place, settings = self.hooks.where("local_step"), self.settings(plan, clock)
+        plain = self.stepper(plan, clock)
+        step = compiled(self.step, self.loss, settings, place) if self.compile else plain
+        size = self.task.federation.batch_size
+        lanes, each = self.lanes[: len(group)], []
+        for lane, client, own in zip(lanes, group, batches, strict=True):
+            ready = list(own) if self.whole_batches() else [filled(batch, size) for batch in own]
+            keys = self.step_keys(plan, client.number, clock, len(own))
+            given = self.given(plan, client, ready[0], {name: key[0] for name, key in keys.items()})
+            try:
+                lane.load(step, plain, given, settings.taken(self.step))
+            except (RuntimeError, PluginError) as error:
+                raise RunError(
+                    f"{place}: the step cannot be captured as a CUDA graph: {describe(error)}. "
+                    "execution.executor = 'sequential' runs it as it is"
+                ) from error
+            each.append((ready, keys))
+        for lane in lanes:
+            lane.wait()
+        for index in range(max(len(own) for own in batches)):
+            for lane, (ready, keys) in zip(lanes, each, strict=True):
+                if index < len(ready):
+                    lane.advance(ready[index], {name: key[index] for name, key in keys.items()})
+        for lane, client, own in zip(lanes, group, batches, strict=True):
+            lane.join()
+            if self.contracts:
+                self.contracts.parameters(place, lane.stepped.params)
+                self.contracts.stepped(place, lane.stepped.carry, lane.stepped.metrics, plan.state.buffers)
+            client.params, client.carry = lane.places.params, lane.places.carry
+            uploads.add(uploads.metrics, lane.totals)
+            uploads.steps_weight += sum(len(batch.targets) for batch in own)
+
+
+class Lane:
+    """A step with every tensor that it reads or writes at a fixed place."""
+
+    places: Given
+    stepped: Stepped
+    """what the step returned when it last ran on the host; its tensors hold nothing after a replay"""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.totals = device, Totals()
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.form: Any = None
+
+    def load(self, step: Step, plain: Step, given: Given, constants: dict[str, Any]) -> None:
+        """Brings a client's tensors to their places; captures the step if anything else changed.
+
+        `constants`: numbers that a captured step holds; `plain`: the step for minibatches of another size.
+        """
+        self.step, self.plain = step, plain
+        leaves, structure = pytree.tree_flatten(given)
+        form = constants, structure, [(t.shape, t.dtype, t.stride()) for t in leaves]
+        if form == self.form:
+            _copy(self.places, given)
+        else:
+            self.places, self.totals, self.graph = pytree.tree_map(torch.clone, given), {}, None
+            if self.stream is not None:
+                self.capture(self.stream)
+            self.form = form
+        for total in self.totals.values():
+            total.zero_()
+
+    def capture(self, stream: torch.cuda.Stream) -> None:
+        """Records the step, which runs without effect before: libraries choose their kernels then."""
+        self.wait()
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self.stepped = self.step(self.places)
+            for name, metric in self.stepped.metrics.items():
+                self.totals[name] = torch.zeros_like(metric, dtype=torch.float64)
+        self.join()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self.run(self.step, self.places)
+        self.graph = graph
+
+    def run(self, step: Step, given: Given) -> None:
+        """One step; its results go to their places."""
+        self.stepped = step(given)
+        _copy(self.places.params, self.stepped.params)
+        _copy(self.places.carry, self.stepped.carry)
+        samples = (given.batch.targets != IGNORED).sum()
+        for name, metric in self.stepped.metrics.items():
+            if name not in self.totals:
+                self.totals[name] = torch.zeros_like(metric, dtype=torch.float64)
+            self.totals[name] += metric * samples
+
+    def advance(self, batch: Batch, keys: dict[str, Tensor]) -> None:
+        """The next step, launched on this lane's stream."""
+        with self.current():
+            if batch.targets.shape != self.places.batch.targets.shape:
+                self.run(self.plain, self.places._replace(batch=batch, keys=keys))
+                return
+            _copy((self.places.batch, self.places.keys), (batch, keys))
+            if self.graph is None:
+                self.run(self.step, self.places)
+            else:
+                self.graph.replay()
+
+    def current(self) -> AbstractContextManager[object]:
+        """The context in which work goes to this lane."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def wait(self) -> None:
+        """This lane goes on after what was launched before; the host does not wait."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def join(self) -> None:
+        """What is launched from now on runs after this lane's work; the host does not wait."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+
+def _copy(into: Any, values: Any) -> None:
+    """Writes tensors to the places of the same names. Raises RunError where the names differ."""
+    pairs = [(place, value) for place, value in _pairs(into, values) if place is not value]
+    if pairs:
+        torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
+
+
+def _pairs(into: Any, values: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    if isinstance(into, Tensor):
+        yield into, values
+        return
+    if isinstance(into, dict):
+        if into.keys() != values.keys():
+            raise RunError(
+                f"the step returned {sorted(values)} where it was given {sorted(into)}; the graph executor "
+                "needs the same names. execution.executor = 'sequential' does not"
+            )
+        into, values = into.values(), [values[name] for name in into]
+    for place, value in zip(into, values, strict=True):
+        yield from _pairs(place, value)
