@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ...core.config import Layer
 from ...core.engine import Engine
 from ...core.errors import FedsparseError
-from ...core.execution.sequential import Sequential
 from ...core.ledger import Ledger
 from ...core.resolve import Resolved, resolve
 from ...core.state import Masks, Params
@@ -104,13 +104,24 @@ def gather(
         "fedavg, no contracts": OnEngine(unchecked, task),
         "fedavg, no contracts or ledger": OnEngine(unchecked, task, ledger=False),
     }
-    if executors:
-        other = "vectorised" if isinstance(fedavg.engine.executor, Sequential) else "sequential"
-        found[f"fedavg, {other}"] = OnEngine(configured(work, **dense, execution__executor=other), task)
     refused = {}
-    for method in methods:
+
+    def add(name: str, *arguments: str, **sets: Any) -> None:
         try:
-            found[method] = OnEngine(configured(work, method, sparsity__target=SPARSITY), task)
+            found[name] = OnEngine(configured(work, *arguments, **sets), task)
         except FedsparseError as error:
-            refused[method] = str(error)
+            refused[name] = str(error)
+
+    for kind in others(fedavg.engine, task.device) if executors else ():
+        add(f"fedavg, {kind}", **dense, execution__executor=kind)
+    if executors and task.device.type == "cuda":
+        add("fedavg, graph, compiled", **dense, execution__executor="graph", execution__compile=True)
+    for method in methods:
+        add(method, method, sparsity__target=SPARSITY)
     return found, refused
+
+
+def others(engine: Engine, device: torch.device) -> list[str]:
+    """The executors that "auto" did not choose; a CPU has no graphs."""
+    kinds = ["sequential", "vectorised", *(["graph"] if device.type == "cuda" else [])]
+    return [kind for kind in kinds if kind != type(engine.executor).__name__.lower()]

@@ -18,6 +18,7 @@ from ...core import task as tasks
 from ...core.errors import FedsparseError, RunError
 from ...core.execution import workers
 from .contenders import Contender, configured, gather
+from .floor import floor
 
 BASES = ("bare", "fedavg")  # whom every contender is compared with
 
@@ -40,8 +41,15 @@ def measure(work: str, plan: Plan) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         memory = dict.fromkeys(contenders, 0)
         for number in range(plan.repeats + 1):
-            for name, contender in contenders.items():
-                taken, peak = _timed(name, contender, number, task.device, me)
+            for name, contender in list(contenders.items()):
+                try:
+                    taken, peak = _timed(name, contender, number, task.device, me)
+                except RunError as error:
+                    if me.size > 1 or name in BASES:
+                        raise
+                    refused[name] = str(error)  # alone, the others go on without it
+                    del contenders[name], seconds[name]
+                    continue
                 memory[name] = max(memory[name], peak)
                 if number:  # round 0 warms up
                     seconds[name].append(taken)
@@ -55,6 +63,7 @@ def measure(work: str, plan: Plan) -> dict[str, Any]:
                 name: summary(seconds, name) | ({"peak_gpu_bytes": memory[name]} if gpu else {})
                 for name in seconds
             },
+            "floor": floor(task, resolved.config.execution.precision, range(1, plan.repeats + 1), me.size),
             "refused": refused,
             "settings": resolved.tree(),
         }

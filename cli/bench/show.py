@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,6 +22,7 @@ from .contenders import SPARSITY, configured
 from .measure import BASES, Plan, measure, single_round
 
 FOLDER = "bench/"  # of the presets
+FOR_GPUS = ("pffdst-resnet18",)  # a CPU takes hours; there they are measured if they are named
 WIDTH = 110  # of tables in a file or a pipe
 
 
@@ -68,7 +70,9 @@ def found_works(names: Sequence[str]) -> list[str]:
             Problem("", f"unknown work {name!r}. {nearest(name, shipped)}, or a .toml file")
             for name in unknown
         )
-    return [name if name.endswith(".toml") else FOLDER + name for name in names or shipped]
+    if not names:
+        names = [name for name in shipped if name not in FOR_GPUS or torch.cuda.is_available()]
+    return [name if name.endswith(".toml") else FOLDER + name for name in names]
 
 
 def found_methods(names: str) -> tuple[str, ...]:
@@ -112,6 +116,13 @@ def show(console: Console, figures: Mapping[str, Any]) -> None:
         table.add_row(name, *texts, *([f"{row['peak_gpu_bytes'] / 1e6:,.0f} MB"] if gpu else []))
     console.print(table)
     console.print("Medians (smallest to largest) over rounds; ratios are paired round by round.", style="dim")
+    bound, fedavg = figures["floor"], figures["contenders"]["fedavg"]["median"]
+    console.print(
+        f"FedAvg takes {fedavg / bound['seconds']:.1f} times the floor of {bound['seconds']:.3g} s a round: "
+        f"{bound['flops'] / 1e9:,.4g} GFLOP at {bound['peak_flops_a_second'] / 1e9:,.4g} GFLOP/s of a matrix "
+        f"product, {bound['bytes'] / 1e9:,.3g} GB at {bound['peak_bytes_a_second'] / 1e9:,.3g} GB/s of a copy"
+        f"{f', on each of {count} workers' if count > 1 else ''}."
+    )
     if run := figures["single_round_run"]:
         console.print(
             f"`fedsparse run` of one round takes {run['seconds']:.1f} s with start and evaluation, and up to "

@@ -11,8 +11,10 @@ import torch
 from click.testing import CliRunner
 
 from fedsparse.cli.bench.bare import Bare
-from fedsparse.cli.bench.contenders import gather
+from fedsparse.cli.bench.contenders import gather, others
+from fedsparse.cli.bench.floor import floor
 from fedsparse.cli.bench.measure import single_round
+from fedsparse.cli.bench.show import found_works
 from fedsparse.cli.main import main
 from fedsparse.core import task
 from fedsparse.core.engine import Engine
@@ -128,7 +130,7 @@ def test_contenders_play_the_same_clients_and_the_bare_engine_counts_nothing(tin
 def test_every_work_resolves_for_every_method_that_is_measured(work):
     for method in ("fedavg", "pffdst", "feddst", "sparsyfed", "fedsparsify"):
         federation = resolve(method, [f"bench/{work}"]).config.federation
-        assert federation.momentum == 0
+        assert (federation.momentum == 0) == (work != "pffdst-resnet18")  # that one has the paper's settings
         assert federation.rounds >= 1000
 
 
@@ -178,6 +180,55 @@ def test_a_method_that_does_not_suit_a_work_is_left_out_with_the_reason(tiny, tm
     (figures,) = json.loads(out.read_text())["figures"]
     assert "not for me" in figures["refused"][str(mine)]
     assert "does not suit this work" in result.output
+
+
+def test_a_method_that_fails_while_it_is_measured_is_left_out_with_the_reason(tiny, tmp_path):
+    mine, out = tmp_path / "mine.py", tmp_path / "bench.json"
+    mine.write_text(
+        "from fedsparse import Method, Part, hookimpl\n"
+        "class P(Part):\n"
+        "    @hookimpl\n"
+        "    def local_step(self, params):\n"
+        "        raise ValueError('out of luck')\n"
+        "METHOD = Method('mine', local_step=P())\n"
+    )
+    result = bench(tiny, "--quick", "--methods", f"{mine},feddst", "--out", out)
+    assert result.exit_code == 0, result.output
+    (figures,) = json.loads(out.read_text())["figures"]
+    assert "out of luck" in figures["refused"][str(mine)]
+    assert "feddst" in figures["contenders"]
+
+
+def test_the_floor_counts_the_dense_round(tiny):
+    """FLOPs: 6 a MAC and sample; bytes: three times the parameters a step, twice the activations a sample."""
+    resolved = resolve("fedavg", [tiny], sets=["task.partition=iid", "federation.local_epochs=2"])
+    made = task.build(resolved.config)
+    found = floor(made, "float32", [1, 2], workers=2)
+    # 10x10 images, 3 channels: 4 filters of 3x3, pooled to 5x5, 8 hidden units, 10 classes
+    macs = 100 * 4 * 27 + 100 * 8 + 8 * 10
+    samples = sum(len(made.partition.train_of(c)) for r in (1, 2) for c in made.clients(r))
+    assert found["flops"] == 6 * macs * samples  # two rounds' mean of two epochs
+    parameters = sum(p.numel() for p in made.model.parameters())
+    steps = sum(-(-len(made.partition.train_of(c)) // 16) for r in (1, 2) for c in made.clients(r))
+    assert found["bytes"] == 4 * (3 * parameters * steps + 2 * made.activations() * samples)
+    assert found["seconds"] == pytest.approx(
+        max(found["flops"] / found["peak_flops_a_second"], found["bytes"] / found["peak_bytes_a_second"]) / 2
+    )
+
+
+def test_large_works_for_gpus_are_measured_where_one_is_or_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert found_works([]) == [f"bench/{name}" for name in WORKS if name != "pffdst-resnet18"]
+    assert found_works(["pffdst-resnet18"]) == ["bench/pffdst-resnet18"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert found_works([]) == [f"bench/{name}" for name in WORKS]
+
+
+def test_gpus_are_measured_on_every_executor(tiny):
+    resolved = resolve("fedavg", [tiny])
+    engine = Engine(resolved, task.build(resolved.config))
+    assert others(engine, torch.device("cuda")) == ["vectorised", "graph"]
+    assert others(engine, torch.device("cpu")) == ["vectorised"]
 
 
 def test_a_run_of_one_round_is_timed(tiny):

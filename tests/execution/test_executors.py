@@ -312,7 +312,7 @@ def test_a_compiled_step_drops_the_same(make_engine):
     changes = IMAGES | {"task__model__use": "cifar-cnn", "federation__learning_rate": 1e-3}
     plain = last(make_engine("feddst", execution__executor="sequential", **changes))
     compiled = last(make_engine("feddst", execution__executor="graph", execution__compile=True, **changes))
-    assert_same(plain, compiled)
+    assert_same(plain, compiled, atol=1e-5)  # fused kernels round elsewhere
 
 
 @pytest.mark.slow
