@@ -199,12 +199,16 @@ class Aggregate:
     """How uploads become the next global model."""
 
     @hookspec(firstresult=True)
-    def contribute(self, params: Params, mask: Masks, anchor: Params, weight: Tensor, carry: Carry) -> Sums:
+    def contribute(
+        self, params: Params, mask: Masks, anchor: Params, weight: Tensor, carry: Carry, moved: bool
+    ) -> Sums:
         """For every client after its training: tensors by name that the engine adds over the cohort.
 
-        `weight` is the client's number of training samples, 0-d. Buffers are averaged by the engine. What is
-        named "extra/…" is charged as sent beside the model. A part whose attribute `sends` is "support"
-        (default "mask") sends what is not 0, both ways, and not all that the mask allows (Top-K).
+        `weight` is the client's number of training samples, 0-d. `moved` is the same for all clients of a
+        round: whether they readjust in it, so that masks may differ from the server's. Buffers are averaged
+        by the engine. What is named "extra/…" is charged as sent beside the model. A part whose attribute
+        `sends` is "support" (default "mask") sends what is not 0, both ways, and not all that the mask
+        allows (Top-K).
         """
 
     @hookspec(firstresult=True)

@@ -47,8 +47,8 @@ class AdaptiveServer(Part):
         return self.beta2 * moment + (1 - self.beta2) * square
 
     @hookimpl
-    def contribute(self, params: Params, mask: Masks, weight: Tensor) -> Sums:
-        return WeightedMean().contribute(params, mask, weight)
+    def contribute(self, params: Params, mask: Masks, weight: Tensor, moved: bool) -> Sums:
+        return WeightedMean().contribute(params, mask, weight, moved)
 
     @hookimpl
     def aggregate(

@@ -79,8 +79,8 @@ class WeightedMean(Part):
     """
 
     @hookimpl
-    def contribute(self, params: Params, mask: Masks, weight: Tensor) -> Sums:
-        held = {f"held/{name}": m.to(weight.dtype) for name, m in mask.items()}
+    def contribute(self, params: Params, mask: Masks, weight: Tensor, moved: bool) -> Sums:
+        held = {f"held/{name}": m.to(weight.dtype) for name, m in mask.items()} if moved else {}
         return {**{name: weight * p for name, p in params.items()}, **held, "weight": weight}
 
     @hookimpl
@@ -88,7 +88,7 @@ class WeightedMean(Part):
         self, sums: Sums, params: Params, mask: Masks, frozen: Masks, budget: Budget, memory: Memory
     ) -> Aggregated:
         mean = {name: sums[name] / sums["weight"] for name in params}
-        union = {name: sums[f"held/{name}"] > 0 for name in mask}
+        union = {name: sums.get(f"held/{name}", m) > 0 for name, m in mask.items()}
         kept = masks.prune_smallest(mean, union, budget, frozen)
         return Aggregated(masks.apply(mean, kept), kept, memory)
 

@@ -30,8 +30,8 @@ class ServerMomentum(Part):
     beta: float = Field(0.9, ge=0, lt=1, description="β: momentum of the server; 0 is FedAvg")
 
     @hookimpl
-    def contribute(self, params: Params, mask: Masks, weight: Tensor) -> Sums:
-        return WeightedMean().contribute(params, mask, weight)
+    def contribute(self, params: Params, mask: Masks, weight: Tensor, moved: bool) -> Sums:
+        return WeightedMean().contribute(params, mask, weight, moved)
 
     @hookimpl
     def aggregate(

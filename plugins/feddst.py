@@ -135,10 +135,10 @@ class MaskedMean(Part):
     )
 
     @hookimpl
-    def contribute(self, params: Params, mask: Masks, weight: Tensor) -> Sums:
+    def contribute(self, params: Params, mask: Masks, weight: Tensor, moved: bool) -> Sums:
         if self.batch_size is not None:
             weight = 2 * torch.ceil(weight / self.batch_size)
-        votes = {f"votes/{name}": weight * m for name, m in mask.items()}
+        votes = {f"votes/{name}": weight * m for name, m in mask.items()} if moved else {}
         return {**{name: weight * p for name, p in params.items()}, **votes, "weight": weight}
 
     @hookimpl
@@ -148,7 +148,7 @@ class MaskedMean(Part):
         mean, union = {}, {}
         for name in params:
             if name in mask:
-                votes = sums[f"votes/{name}"]
+                votes = sums.get(f"votes/{name}", sums["weight"] * mask[name])
                 union[name] = (votes > self.min_votes) | frozen[name]
                 mean[name] = torch.where(union[name], sums[name] / votes, 0.0)
             else:

@@ -77,8 +77,10 @@ class DynamicMean(Part):
     """FedAvg's mean minus h/α."""
 
     @hookimpl
-    def contribute(self, params: Params, mask: Masks, anchor: Params, weight: Tensor, carry: Carry) -> Sums:
-        sums = WeightedMean().contribute(params, mask, weight)
+    def contribute(
+        self, params: Params, mask: Masks, anchor: Params, weight: Tensor, moved: bool, carry: Carry
+    ) -> Sums:
+        sums = WeightedMean().contribute(params, mask, weight, moved)
         if "dual" not in carry.state:
             return sums
         moved = masks.apply({name: weight * (p - anchor[name]) for name, p in params.items()}, mask)

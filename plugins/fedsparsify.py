@@ -153,7 +153,10 @@ class MajorityVote(Part):
 
     @hookimpl
     def contribute(self, params: Params, mask: Masks, weight: Tensor) -> Sums:
-        return {**WeightedMean().contribute(params, mask, weight), "clients": torch.ones_like(weight)}
+        return {
+            **WeightedMean().contribute(params, mask, weight, moved=True),
+            "clients": torch.ones_like(weight),
+        }
 
     @hookimpl
     def aggregate(self, sums: Sums, params: Params, mask: Masks, memory: Memory) -> Aggregated:

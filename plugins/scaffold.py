@@ -86,8 +86,8 @@ class ControlledMean(Part):
     """FedAvg's mean, and the mean of all control variates, which goes out with the next model."""
 
     @hookimpl
-    def contribute(self, params: Params, mask: Masks, weight: Tensor, carry: Carry) -> Sums:
-        sums = WeightedMean().contribute(params, mask, weight)
+    def contribute(self, params: Params, mask: Masks, weight: Tensor, moved: bool, carry: Carry) -> Sums:
+        sums = WeightedMean().contribute(params, mask, weight, moved)
         if "control" not in carry.state:
             return sums
         return sums | {f"extra/{name}": weight * d for name, d in change(carry.state).items()}

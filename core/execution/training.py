@@ -147,6 +147,12 @@ class Executor(ABC):
         on_clients = self.hooks.site == "client" and self.hooks.get("readjust") is not None
         return on_clients and self.due(clock, plan.budget)
 
+    def moves(self, plan: Plan) -> bool:
+        """Whether clients move their masks at any time of this round."""
+        epochs = self.task.federation.local_epochs
+        clocks = (plan.clock._replace(epoch=epoch, epochs=epochs) for epoch in range(epochs + 1))
+        return any(self.readjusts(plan, clock) for clock in clocks)
+
     def readjusted(self, plan: Plan, client: Client, clock: Clock, score: Scores, key: Tensor) -> Readjusted:
         """What the client's readjustment returns."""
         return self.hooks.call(
@@ -214,6 +220,7 @@ class Executor(ABC):
             anchor=plan.state.params,
             weight=weight,
             carry=client.carry,
+            moved=self.moves(plan),
         )
 
     def account(

@@ -141,7 +141,14 @@ def test_client_hooks_under_vmap_equal_the_loop(make_engine, plugin):
             )
         weight = torch.tensor(40.0, dtype=torch.float64)
         sums = hooks.call(
-            "contribute", dict, params=params, mask=moved, anchor=anchor, weight=weight, carry=carry
+            "contribute",
+            dict,
+            params=params,
+            mask=moved,
+            anchor=anchor,
+            weight=weight,
+            carry=carry,
+            moved=True,
         )
         return params, moved, sums
 

@@ -30,8 +30,8 @@ class Broadcasting(Part):
     """FedAvg that sends the last mean of the first layer along, and asks for a number from each client."""
 
     @hookimpl
-    def contribute(self, params, mask, weight):
-        sums = WeightedMean().contribute(params, mask, weight)
+    def contribute(self, params, mask, weight, moved):
+        sums = WeightedMean().contribute(params, mask, weight, moved)
         return sums | {"extra/fc1.weight": params["fc1.weight"], "extra/number": torch.ones(())}
 
     @hookimpl

@@ -47,7 +47,7 @@ def uploads(weights=(70.0, 33.0, 10.0)):
 def aggregate(contributions, sparsity=0.5, min_votes=0.0):
     part, sums = MaskedMean(min_votes=min_votes), {}
     for params, mask, weight in contributions:
-        for name, value in part.contribute(params, mask, weight).items():
+        for name, value in part.contribute(params, mask, weight, moved=True).items():
             sums[name] = sums.get(name, 0) + value
     mask = {"w": torch.ones(3, 4, dtype=torch.bool)}
     return part.aggregate(sums, {"w": torch.zeros(3, 4)}, mask, nothing(mask), budget(sparsity), {})
@@ -229,7 +229,7 @@ def test_frozen_weights_survive_pruning_however_small():
     values, held = {"w": torch.ones(3, 4)}, {"w": torch.ones(3, 4, dtype=torch.bool)}
     values["w"][frozen["w"]] = 1e-9
     for part in (MaskedMean(), WeightedMean()):
-        sums = part.contribute(values, held, torch.tensor(4.0))
+        sums = part.contribute(values, held, torch.tensor(4.0), moved=True)
         made = part.aggregate(sums, values, held, frozen, budget(0.5), {})
         assert int(made.mask["w"].sum()) == 6
         assert (made.mask["w"] | ~frozen["w"]).all()

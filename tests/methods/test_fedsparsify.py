@@ -498,7 +498,9 @@ def test_invariant_14_unanimous_masks_give_fedavg_of_the_pruned_models():
     assert torch.equal(voted.mask["w"], first)
     sums = {}
     for k, value in enumerate(values):
-        for name, entry in WeightedMean().contribute({"w": value}, {"w": first}, tensor(k + 1.0)).items():
+        for name, entry in (
+            WeightedMean().contribute({"w": value}, {"w": first}, tensor(k + 1.0), moved=True).items()
+        ):
             sums[name] = sums.get(name, 0) + entry
     budget = Budget((Layer("w", (20, 30)),), "global", 0.0)
     mean = WeightedMean().aggregate(sums, {"w": value}, {"w": first}, nothing({"w": value}), budget, {})

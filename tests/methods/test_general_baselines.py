@@ -59,7 +59,8 @@ def federate(local, server, losses, rounds, steps, lr=0.1, cohorts=None, weights
             for _ in range(steps[k] if isinstance(steps, list) else steps):
                 moved, carry, _ = local.local_step(losses[k], moved, carry, None, {}, lr, momentum, 0.0)
             weight = torch.tensor(weights[k] if weights else 1.0, dtype=torch.float64)
-            offered = {"params": moved, "mask": BOTH, "anchor": params, "weight": weight, "carry": carry}
+            offered = {"params": moved, "mask": BOTH, "anchor": params, "weight": weight}
+            offered |= {"carry": carry, "moved": True}
             for name, value in call(server.contribute, **offered).items():
                 sums[name] = sums.get(name, 0) + value
             if hasattr(local, "client_final"):
@@ -84,7 +85,7 @@ def server_moves(part, means):
     """The server's models after uploads whose mean is given, from (1, 0)."""
     params, memory, models = pair(1.0, 0.0), {}, []
     for mean in means:
-        sums = part.contribute(pair(*mean), BOTH, torch.tensor(3.0, dtype=torch.float64))
+        sums = part.contribute(pair(*mean), BOTH, torch.tensor(3.0, dtype=torch.float64), moved=True)
         params, _, memory = aggregate(part, sums, params, BOTH, NEITHER, PAIR, 3, memory)
         models.append(params["w"].tolist())
     return models, memory
@@ -347,7 +348,7 @@ def test_server_optimisers_at_weights_that_come_go_or_are_frozen(part):
     upload = {"w": torch.tensor([0.9, 0.1, 0.5, -0.6])}
     everywhere = {"w": torch.ones(4, dtype=torch.bool)}
     offered = {"params": upload, "mask": everywhere, "anchor": params, "weight": torch.tensor(2.0)}
-    offered["carry"] = Carry({}, {"dual": optim.zeros(params)})
+    offered |= {"carry": Carry({}, {"dual": optim.zeros(params)}), "moved": True}
     sums = call(part.contribute, **offered)
     made = aggregate(part, sums, params, mask, frozen, budget, 2, kept)
     assert made.mask["w"].tolist() == [True, False, True, True]
@@ -365,7 +366,7 @@ def test_a_weight_that_was_dropped_and_redrawn_has_no_memory(part):
     """It is in the mask before and after, at 0: memory starts as that of a weight that is new."""
     params, upload = pair(0.0, 0.5), pair(0.3, 0.4)
     offered = {"params": upload, "mask": BOTH, "anchor": params, "weight": torch.tensor(2.0)}
-    sums = call(part.contribute, **offered, carry=Carry({}, {"dual": optim.zeros(params)}))
+    sums = call(part.contribute, **offered, moved=True, carry=Carry({}, {"dual": optim.zeros(params)}))
     ends = []
     for value in (0.0, 7.0):
         kept = dict.fromkeys(("velocity", "first", "second", "drift"), pair(value, 7.0))
@@ -619,7 +620,7 @@ def test_client_hooks_with_rows_under_vmap_equal_the_loop(make_engine, plugin):
             offered |= {"params": params, "carry": carry, "batch": batch}
             params, carry, _ = hooks.call("local_step", tuple, **offered)
         offered |= {"params": params, "carry": carry, "weight": torch.tensor(40.0, dtype=torch.float64)}
-        sums = hooks.call("contribute", dict, **offered)
+        sums = hooks.call("contribute", dict, **offered, moved=True)
         final = hooks.call("client_final", dict, **offered) if hooks.get("client_final") else row
         return params, sums, final[kind]
 

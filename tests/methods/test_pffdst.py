@@ -91,7 +91,7 @@ def example_aggregate(sparsity, scale=1.0):
     part, sums = MaskedMean(), {}
     for w, weight in example_uploads():
         w = torch.where(FROZEN["w"], w * scale, w)
-        for name, value in part.contribute({"w": w}, MASK, torch.tensor(weight)).items():
+        for name, value in part.contribute({"w": w}, MASK, torch.tensor(weight), moved=True).items():
             sums[name] = sums.get(name, 0) + value
     return part.aggregate(sums, {"w": PHI}, MASK, FROZEN, budget(sparsity), {})
 

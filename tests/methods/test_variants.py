@@ -59,7 +59,7 @@ def feddst_aggregate(sparsity, **fields):
     for w, samples in ((w1, 70.0), (w2, 33.0), (w3, 10.0)):
         held = w != 0
         held[2, 3] |= samples == 10
-        for name, value in part.contribute({"w": w}, {"w": held}, torch.tensor(samples)).items():
+        for name, value in part.contribute({"w": w}, {"w": held}, torch.tensor(samples), moved=True).items():
             sums[name] = sums.get(name, 0) + value
     full = {"w": torch.ones(3, 4, dtype=torch.bool)}
     return sums, part.aggregate(sums, {"w": torch.zeros(3, 4)}, full, nothing(full), budget(sparsity), {})
@@ -159,7 +159,7 @@ def test_feddst_released_readjustment_under_vmap_equals_the_loop(allocation):
 def tied(values, held, sparsity=0.5, frozen=None, **variant):
     """The server's pruning of a mean with these values, of one client that holds these weights."""
     part = MaskedMean(**variant)
-    sums = part.contribute({"w": values}, {"w": held}, torch.tensor(4.0))
+    sums = part.contribute({"w": values}, {"w": held}, torch.tensor(4.0), moved=True)
     frozen = {"w": torch.zeros_like(held) if frozen is None else frozen}
     return part.aggregate(sums, {"w": values}, {"w": held}, frozen, budget(sparsity), {}).mask["w"]
 
@@ -210,7 +210,7 @@ def test_no_layer_stays_above_its_budget_where_the_code_skips_the_pruning():
     union["b"][0] = False
     part, values = MaskedMean(variant="released"), {"a": torch.zeros(3, 4), "b": torch.rand(3, 4)}
     values["b"] *= union["b"]
-    sums = part.contribute(values, union, torch.tensor(1.0))
+    sums = part.contribute(values, union, torch.tensor(1.0), moved=True)
     made = part.aggregate(sums, values, union, nothing(union), two, {})
     assert masks.active(made.mask) == {"a": 0, "b": 6}
 
