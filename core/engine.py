@@ -236,7 +236,7 @@ class Engine:
             self.contracts.parameters(where, made.params)
             self.contracts.mask(where, made.mask)
             self.contracts.frozen(where, state.frozen, made.mask)
-            self.contracts.values(where, made.params, made.mask, state.frozen, state.params)
+            self.contracts.server_values(where, made.params, made.mask, state.frozen, state.params)
             self.contracts.budget(where, made.mask, budget, self.hooks.promise(slot))
             self.contracts.memory(where, made.memory)
         state.params, state.mask, state.memory[slot] = made.params, made.mask, made.memory

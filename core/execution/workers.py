@@ -14,8 +14,9 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,11 +33,14 @@ class LostWorkerError(RunError):
     """Another worker is gone; what happened is known where that one was."""
 
 
-class Workers(NamedTuple):
+@dataclass
+class Workers:
     """This process among its workers; alone by default."""
 
     rank: int = 0
     size: int = 1
+    flat: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64), repr=False)
+    """what is sent, kept from round to round: fresh memory for a large model takes longer than its sums"""
 
     def deal(self, clients: Sequence[int], work: Mapping[int, int]) -> list[int]:
         """This worker's share of the clients: the most work first, each to whom has least so far.
@@ -57,11 +61,16 @@ class Workers(NamedTuple):
         parts = list(tensors)
         device = parts[0].device if parts else torch.device("cpu")
         parts.append(torch.tensor(numbers, dtype=torch.float64, device=device))
-        flat = torch.cat([part.reshape(-1) for part in parts])
+        sizes = [part.numel() for part in parts]
+        if self.flat.shape != (sum(sizes),) or self.flat.device != device:
+            self.flat = torch.empty(sum(sizes), dtype=torch.float64, device=device)
+        places = [
+            place.view(part.shape) for place, part in zip(torch.split(self.flat, sizes), parts, strict=True)
+        ]
+        torch._foreach_copy_(places, parts)
         with _NamingTheLost():
-            dist.all_reduce(flat)
-        for part, total in zip(parts, torch.split(flat, [part.numel() for part in parts]), strict=True):
-            part.copy_(total.view(part.shape))
+            dist.all_reduce(self.flat)
+        torch._foreach_copy_(parts, places)
         return [float(total) for total in parts[-1].tolist()]
 
     def same_form(self, uploads: Uploads, idle: bool) -> None:
