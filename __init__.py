@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pydantic import Field
 
     from .core import masks, optim, rng, schedule
+    from .core.api import run
     from .core.budget import Budget, Layer
     from .core.errors import ConfigError, FedsparseError, RunError
     from .core.hookspecs import hookimpl
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .core.loss import ClientLoss, Probe
     from .core.method import Method
     from .core.part import Part
+    from .core.results import Result
     from .core.state import (
         Aggregated,
         Batch,
@@ -53,6 +55,8 @@ _HOMES = {
     "Probe": ".core.loss",
     "Method": ".core.method",
     "Part": ".core.part",
+    "Result": ".core.results",
+    "run": ".core.api",
     "Field": "pydantic",
     **dict.fromkeys(
         [
@@ -95,6 +99,7 @@ __all__ = [
     "Probe",
     "Readjusted",
     "Report",
+    "Result",
     "RunError",
     "Scores",
     "ServerState",
@@ -105,6 +110,7 @@ __all__ = [
     "masks",
     "optim",
     "rng",
+    "run",
     "schedule",
 ]
 

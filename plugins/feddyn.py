@@ -83,8 +83,8 @@ class DynamicMean(Part):
         sums = WeightedMean().contribute(params, mask, weight, moved)
         if "dual" not in carry.state:
             return sums
-        moved = masks.apply({name: weight * (p - anchor[name]) for name, p in params.items()}, mask)
-        return sums | {f"moved/{name}": m for name, m in moved.items()}
+        drift = masks.apply({name: weight * (p - anchor[name]) for name, p in params.items()}, mask)
+        return sums | {f"moved/{name}": m for name, m in drift.items()}
 
     @hookimpl
     def aggregate(

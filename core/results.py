@@ -1,0 +1,84 @@
+"""What a finished or interrupted run left in its folder, read back; imports no torch."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import RunError
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run: its folder, resolved settings, summary, and the lines of `metrics.jsonl`.
+
+    `summary` is empty if the run did not end by itself or by Ctrl-C.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    rounds: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Result:
+        """Reads a run's folder. Raises RunError if it is none, or is damaged."""
+        path = Path(path)
+        if not (path / "config.toml").is_file() or not (path / "metrics.jsonl").is_file():
+            raise RunError(f"{path} is no run: a run's folder holds config.toml and metrics.jsonl")
+        reading = path / "config.toml"
+        try:
+            config = tomllib.loads(reading.read_text(encoding="utf-8"))
+            reading = path / "metrics.jsonl"
+            rounds = [json.loads(line) for line in reading.read_text(encoding="utf-8").splitlines()]
+            reading = path / "summary.json"
+            summary = json.loads(reading.read_text(encoding="utf-8")) if reading.exists() else {}
+        except (OSError, ValueError) as error:
+            raise RunError(f"cannot read {reading}: {error}") from None
+        if [line.get("round") if isinstance(line, dict) else None for line in rounds] != [
+            *range(len(rounds))
+        ]:
+            raise RunError(f"{path / 'metrics.jsonl'} is damaged: its lines are not the rounds from 0 on")
+        return cls(path, config, summary, rounds)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of its rounds were played."""
+        return bool(self.summary) and not self.summary.get("interrupted", True)
+
+    @property
+    def metrics(self) -> dict[str, NDArray[np.float64]]:
+        """Every number of `metrics.jsonl` by name, one value a round; NaN where a round has none."""
+        names = dict.fromkeys(name for line in self.rounds for name, v in line.items() if _number(v))
+        return {
+            name: np.array([line[name] if _number(line.get(name)) else np.nan for line in self.rounds])
+            for name in names
+        }
+
+    def frame(self) -> pandas.DataFrame:
+        """The same as a pandas frame, a row a round. Raises RunError where pandas is not installed."""
+        try:
+            import pandas
+        except ImportError:
+            raise RunError("Result.frame needs pandas: pip install pandas") from None
+        return pandas.DataFrame(self.metrics)
+
+    def __repr__(self) -> str:
+        method, final = self.summary.get("method", "?"), self.summary.get("final", {})
+        accuracy = final.get("test_accuracy")
+        shown = "" if accuracy is None else f", test_accuracy={accuracy:.4f}"
+        return f"Result({str(self.path)!r}, method={method!r}, rounds={len(self.rounds)}{shown})"
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

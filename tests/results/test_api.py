@@ -1,0 +1,72 @@
+"""`fedsparse.run` is the command line's run; `Result` reads back what is in its folder."""
+
+import json
+
+import numpy as np
+import pytest
+
+import fedsparse
+from fedsparse.core.errors import ConfigError, RunError
+from fedsparse.core.results import Result
+
+SHORT = {"federation__rounds": 4, "federation__local_epochs": 1, "output__evaluate_every": 2}
+
+
+def test_a_run_from_python_writes_what_the_command_writes(tmp_path, cli):
+    result = fedsparse.run("pffdst", swaps={"readjust": "feddst"}, out=tmp_path / "a", seed=3, **SHORT)
+    sets = ["federation.rounds=4", "federation.local_epochs=1", "output.evaluate_every=2"]
+    arguments = [argument for setting in sets for argument in ("--set", setting)]
+    done = cli("run", "--plugin", "pffdst", "--swap", "readjust=feddst", "--seed", "3", "--quiet", *arguments)
+    assert done.exit_code == 0, done.output
+    other = Result.load(next((tmp_path / "runs").iterdir()))
+    assert [{**line, "seconds": 0} for line in result.rounds] == [
+        {**line, "seconds": 0} for line in other.rounds
+    ]
+    assert result.config == other.config
+    assert result.finished
+    assert result.summary["swaps"] == {"readjust": "feddst:Regrow"}
+
+
+def test_metrics_are_arrays_with_nan_where_a_round_has_none(tmp_path):
+    seen = []
+    result = fedsparse.run("fedavg", out=tmp_path / "a", progress=seen.append, **SHORT)
+    assert [line["round"] for line in seen] == [0, 1, 2, 3]
+    metrics = result.metrics
+    assert metrics["upload_bytes"].shape == (4,)
+    assert np.isnan(metrics["test_accuracy"]).tolist() == [True, False, True, False]
+    assert metrics["test_accuracy"][3] == result.summary["final"]["test_accuracy"]
+    assert "clients" not in metrics
+
+
+def test_settings_may_be_tables_or_paths_and_all_errors_come_at_once():
+    with pytest.raises(ConfigError) as caught:
+        fedsparse.run("pffdst", federation__roundz=6, sparsity={"target": 3})
+    assert len(caught.value.problems) == 2
+    with pytest.raises(ConfigError, match=r"federation: given both ways: rounds"):
+        fedsparse.run("pffdst", federation__rounds=6, federation={"rounds": 7})
+    with pytest.raises(ConfigError, match=r"federation: given both ways"):
+        fedsparse.run("pffdst", federation__rounds=6, federation=7)
+    with pytest.raises(ConfigError, match=r"seed.x: 'seed' was given a value, too"):
+        fedsparse.run("pffdst", seed=6, seed__x=7)
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(RunError, match="is no run"):
+        Result.load(tmp_path)
+    result = fedsparse.run("fedavg", out=tmp_path / "a", **SHORT)
+    lines = (result.path / "metrics.jsonl").read_text().splitlines()
+    (result.path / "metrics.jsonl").write_text("\n".join(lines[1:]))
+    with pytest.raises(RunError, match=r"metrics.jsonl is damaged"):
+        Result.load(result.path)
+    (result.path / "metrics.jsonl").write_text(lines[0][:40])
+    with pytest.raises(RunError, match=r"cannot read .*metrics.jsonl"):
+        Result.load(result.path)
+
+
+def test_a_run_that_did_not_end_is_not_finished(tmp_path):
+    result = fedsparse.run("fedavg", out=tmp_path / "a", **SHORT)
+    summary = json.loads((result.path / "summary.json").read_text())
+    (result.path / "summary.json").write_text(json.dumps({**summary, "interrupted": True}))
+    assert not Result.load(result.path).finished
+    (result.path / "summary.json").unlink()
+    assert not Result.load(result.path).finished
