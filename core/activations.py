@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,8 +104,9 @@ class Pruning(TorchFunctionMode):
             return linear(input, weight, bias)
         kept = self.kept(name, input, weight)
         if readable(input, weight):
-            with saving(kept, input):
-                return linear(input, weight, bias)
+            out, saved = saving(kept, input, lambda: linear(input, weight, bias))
+            if saved:
+                return out
         return _Linear.apply(input, kept, weight, bias)
 
     def convolution(
@@ -129,8 +129,10 @@ class Pruning(TorchFunctionMode):
             sides = [side for width in reversed(total) for side in (width // 2, width - width // 2)]
             input, kept, padding = pad(input, sides), pad(kept, sides), 0
         if readable(input, weight):
-            with saving(kept, input):
-                return func(input, weight, bias, stride, padding, dilation, groups)
+            arguments = (input, weight, bias, stride, padding, dilation, groups)
+            out, saved = saving(kept, input, lambda: func(*arguments))
+            if saved:
+                return out
         geometry = (_each(stride, len(size)), _each(padding, len(size)), steps, groups)
         return _Convolution.apply(input, kept, weight, bias, *geometry)
 
@@ -145,7 +147,8 @@ class Pruning(TorchFunctionMode):
         if held is not None and seen and held.item() >= 0:
             return held
         total, size = inputs.numel(), weight.numel()
-        nonzero = weight.sign().abs().sum()  # on CPUs a fourth of (weight != 0).sum()
+        # on CPUs a fourth of (weight != 0).sum(); NaN counts, and the contracts speak of it
+        nonzero = weight.sign().abs().nan_to_num(1.0).sum(dtype=torch.float64)
         count = self.count(int(nonzero) if seen else nonzero.to(torch.int64), total, size)
         fresh = kth_largest(inputs.abs(), count)
         if held is None:
@@ -164,17 +167,22 @@ class Pruning(TorchFunctionMode):
         return max(count, floor) if isinstance(count, int) else count.clamp_min(floor)
 
 
-def saving(kept: Tensor, inputs: Tensor) -> AbstractContextManager[None]:
-    """Where a layer saves `kept` for its backward pass in place of `inputs`. Not under vmap or grad.
+def saving(kept: Tensor, inputs: Tensor, layer: Callable[[], Any]) -> tuple[Any, bool]:
+    """A layer's output, and whether it saved `kept` for its backward pass in place of `inputs`.
 
-    Only the gradient of the weight looks at it.
+    Only the gradient of the weight looks at it. Not under vmap or grad; a layer that saves a copy of its
+    inputs (in another type or order) is not helped.
     """
-    place = inputs.data_ptr(), inputs.numel()
+    place, found = (inputs.data_ptr(), inputs.numel(), inputs.dtype), []
 
     def save(saved: Tensor) -> Tensor:
-        return kept.view(saved.shape) if (saved.data_ptr(), saved.numel()) == place else saved
+        if (saved.data_ptr(), saved.numel(), saved.dtype) != place or not saved.is_floating_point():
+            return saved
+        found.append(saved)
+        return kept.view(saved.shape)
 
-    return torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved):
+        return layer(), bool(found)
 
 
 def at_least(values: Tensor, threshold: Tensor) -> Tensor:
@@ -209,7 +217,7 @@ class _Linear(_Layer):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kept, weight = ctx.saved_tensors
+        kept, weight = (saved.to(grad.dtype) for saved in ctx.saved_tensors)  # autocast's, if any
         flat = grad.reshape(-1, grad.shape[-1])
         by_weight = flat.T @ kept.reshape(-1, kept.shape[-1])
         return grad @ weight, None, by_weight, flat.sum(0) if ctx.biased else None
@@ -242,7 +250,7 @@ class _Convolution(_Layer):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kept, weight = ctx.saved_tensors
+        kept, weight = (saved.to(grad.dtype) for saved in ctx.saved_tensors)
         *sizes, groups = ctx.geometry
         # the gradient of the input does not depend on the input: one call gives all three
         wanted = [ctx.needs_input_grad[0], True, ctx.biases is not None]

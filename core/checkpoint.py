@@ -1,10 +1,16 @@
-"""Checkpoints: the whole state of a run in a folder of two files, replaced atomically."""
+"""Checkpoints: the whole state of a run in a folder of two files, replaced atomically.
+
+The one before stays beside it, as `checkpoint.old`.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +20,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import RunError
+from .resolve import Resolved
 from .state import ServerState, moved_to
+from .tracking import versions
 
-FORMAT = 1
+FORMAT = 2
 
 
-def save(folder: Path, state: ServerState, ledger: dict[str, Any]) -> None:
-    """Writes a checkpoint into `folder`, replacing the one there only when the new one is complete."""
+def save(folder: Path, state: ServerState, ledger: dict[str, Any], made_by: Mapping[str, Any]) -> None:
+    """Writes a checkpoint into `folder`, replacing the one there only when the new one is complete.
+
+    `made_by` says what decides how the run goes on (`identity` of a run); who goes on must say the same.
+    """
     tensors: dict[str, Tensor] = {}
     plain = {
         "format": FORMAT,
         "round": state.round,
+        "made_by": made_by,
         "state": _split(
             {
                 "ledger": ledger,
@@ -43,6 +55,8 @@ def save(folder: Path, state: ServerState, ledger: dict[str, Any]) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     save_file(tensors, fresh / "tensors.safetensors")
+    with (fresh / "tensors.safetensors").open("rb") as file:
+        os.fsync(file.fileno())
     with (fresh / "state.json").open("w", encoding="utf-8") as file:
         file.write(json.dumps(plain))  # six times as fast as json.dump: it lists every client seen
         file.flush()
@@ -51,30 +65,87 @@ def save(folder: Path, state: ServerState, ledger: dict[str, Any]) -> None:
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> tuple[ServerState, dict[str, Any]]:
-    """The state and the ledger's of the last good checkpoint. Raises RunError if there is none to read."""
-    old = folder.with_name(folder.name + ".old")
-    source = folder if folder.exists() else old
-    if not source.exists():
+def load(
+    folder: Path,
+    made_by: Mapping[str, Any],
+    device: torch.device | str = "cpu",
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[ServerState, dict[str, Any]]:
+    """The state and the ledger's of the last checkpoint, or of the one before if that is damaged.
+
+    Raises RunError if there is none to read, or if `made_by` is another than it was saved with.
+    """
+    sources = [path for path in (folder, folder.with_name(folder.name + ".old")) if path.exists()]
+    if not sources:
         raise RunError(
             f"{folder} does not exist: the run ended before its first checkpoint (output.checkpoint_every); "
             "start it anew"
         )
     try:
+        return _read(sources[0], made_by, device)
+    except DamagedError as error:
+        if len(sources) == 1:
+            raise
+        say(f"{error}. Going on from the one before, {sources[1]}")
+        return _read(sources[1], made_by, device)
+
+
+class DamagedError(RunError):
+    """A checkpoint that cannot be read."""
+
+
+def _read(
+    source: Path, made_by: Mapping[str, Any], device: torch.device | str
+) -> tuple[ServerState, dict[str, Any]]:
+    try:
         plain = json.loads((source / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(source / "tensors.safetensors")
         if plain["format"] != FORMAT:
             raise RunError(f"checkpoint {source} has format {plain['format']}; this version reads {FORMAT}")
+        if different := differences(plain["made_by"], json.loads(json.dumps(made_by))):
+            raise RunError(
+                f"{source} was made by another run: {'; '.join(different)}. Go on with what made it, or "
+                "start anew"
+            )
         state = _join(plain["state"], tensors)
         rows = {int(client): row for client, row in state.pop("rows").items()}
         ledger: dict[str, Any] = state.pop("ledger")  # it and the rows rest on the host
         return ServerState(round=plain["round"], rows=rows, **moved_to(state, device)), ledger
     except (OSError, AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
         what = f"{type(error).__name__} {error}"
-        raise RunError(f"cannot read the checkpoint {source}, it is damaged: {what}") from None
+        raise DamagedError(f"cannot read the checkpoint {source}, it is damaged: {what}") from None
+
+
+def identity(resolved: Resolved) -> dict[str, Any]:
+    """What decides how a run goes on: its settings, its parts' code, and versions.
+
+    Where data and results are, and how fast it runs, is left out.
+    """
+    settings = {
+        name: values for name, values in resolved.tree().items() if name not in ("execution", "output")
+    }
+    for section, name in (("task", "data_root"), ("task", "download")):
+        del settings[section][name]
+    sources = {}
+    for part in resolved.method.parts():
+        module = inspect.getsourcefile(type(part))
+        code = Path(module).read_bytes() if module else b""
+        sources[type(part).__name__] = hashlib.sha256(code).hexdigest()[:16]
+    return {"settings": settings, "code": sources, "versions": versions()}
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> list[str]:
+    """What two nested tables differ in: "path: value there, value here"."""
+    found = []
+    for name in {**there, **here}:
+        one, other, where = there.get(name), here.get(name), f"{path}.{name}" if path else str(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += differences(one, other, where)
+        elif one != other:
+            found.append(f"{where} was {one!r}, is {other!r}")
+    return found
 
 
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

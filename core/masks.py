@@ -24,13 +24,13 @@ from .state import Masks, Params, Scores
 
 def largest(score: Tensor, count: int) -> Tensor:
     """Mask of the `count` largest entries of `score`; among equals the lower flat index wins."""
-    flat = score.flatten()
+    flat = score.detach().flatten()
     if count <= 0:
         return torch.zeros_like(score, dtype=torch.bool)
     if count >= flat.numel():
         return torch.ones_like(score, dtype=torch.bool)
     threshold = kth_largest(flat, count)
-    if readable(flat):
+    if readable(flat) and flat.dtype != torch.bfloat16:  # which numpy lacks
         return torch.from_numpy(_first(flat.numpy(), threshold.item(), count)).view(score.shape)
     above, tied = flat > threshold, flat == threshold
     chosen = above | (tied & (tied.cumsum(0) <= count - above.sum()))

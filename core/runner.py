@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,10 @@ def run(
     started = time.perf_counter()
     if out is not None and not resume:
         refuse_taken(out)  # before minutes are spent on data
-    engine = Engine(resolved, task.build(resolved.config))
+    engine, made_by = Engine(resolved, task.build(resolved.config)), checkpoint.identity(resolved)
     engine.workers.wait()  # nobody writes before all have looked
     if resume and out is not None:
-        state, ledger = checkpoint.load(out / "checkpoint", engine.task.device)
+        state, ledger = checkpoint.load(out / "checkpoint", made_by, engine.task.device, say)
         engine.ledger.load_state(ledger)
         if state.round >= resolved.config.federation.rounds:
             raise RunError(f"the run in {out} has played all of its {state.round} rounds")
@@ -58,7 +58,7 @@ def run(
             return {}
         folder = RunFolder(resolved, out, resume_at=state.round if resume else None)
         begun(engine, folder)
-        state, interrupted = _play(engine, folder, state, watch)
+        state, interrupted = _play(engine, folder, state, watch, made_by)
     return folder.finish(
         state,
         engine.loss.weights(state.params, state.mask),
@@ -79,7 +79,9 @@ def _follow(engine: Engine, state: ServerState) -> None:
         return
 
 
-def _play(engine: Engine, folder: RunFolder, state: ServerState, watch: Watcher) -> tuple[ServerState, bool]:
+def _play(
+    engine: Engine, folder: RunFolder, state: ServerState, watch: Watcher, made_by: Mapping[str, Any]
+) -> tuple[ServerState, bool]:
     """Plays and records the rounds that are left; the last state, and whether Ctrl-C ended them."""
     every, rounds = engine.config.output.checkpoint_every, engine.config.federation.rounds
     try:
@@ -87,7 +89,7 @@ def _play(engine: Engine, folder: RunFolder, state: ServerState, watch: Watcher)
             state = report.state
             folder.record(report.metrics)
             if state.round % every == 0 or state.round == rounds or report.stop:
-                checkpoint.save(folder.path / "checkpoint", state, engine.ledger.state())
+                checkpoint.save(folder.path / "checkpoint", state, engine.ledger.state(), made_by)
             watch(report)
             if report.stop:
                 return state, True

@@ -29,7 +29,7 @@ def kth_largest(values: Tensor, k: int | Tensor) -> Tensor:
     if not readable(flat) or flat.dtype == torch.bfloat16:
         return flat.kthvalue(place + 1).values
     numbers = flat.numpy()
-    if flat.dtype == torch.float32:
+    if flat.dtype == torch.float32 and not np.isnan(numbers.max()):
         numbers, place = _bucket(numbers, place)
     return flat.new_tensor(np.partition(numbers, place)[place])
 

@@ -94,6 +94,8 @@ class PoweredSgd(Part):
     ) -> Stepped:
         exponents = carry.state["exponent"]  # those of the download, the whole round
         scales = {name: params[name].abs().pow(beta - 1) for name, beta in exponents.items()}
+        if self.spectral:  # where β is 1, 0 to the power of 0 is 1: a weight that is 0 has no gradient
+            scales = {name: scale * params[name].sign().abs() for name, scale in scales.items()}
         weights = params | {name: params[name] * scale for name, scale in scales.items()}
         if self.prune_activations:
             pruned = activations.layers(params)

@@ -7,7 +7,7 @@ a lane runs the step as it is, at the same places: what a graph asks of a method
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..compose import PluginError
+from ..contracts import Where, versions
 from ..errors import RunError
 from ..registry import describe
 from ..state import Batch, Clock, Stepped
@@ -48,20 +49,20 @@ class Graph(Sequential):
         batches: Sequence[Sequence[Batch]],
         uploads: Uploads,
     ) -> None:
-        place, settings = self.hooks.where("local_step"), self.settings(plan, clock)
-        plain = self.stepper(plan, clock)
-        step = compiled(self.step, self.loss, settings, place) if self.compile else plain
-        size = self.task.federation.batch_size
+        settings, size = self.settings(plan, clock), self.task.federation.batch_size
         lanes, each = self.lanes[: len(group)], []
         for lane, client, own in zip(lanes, group, batches, strict=True):
+            self.hooks.at = (plan.clock.round, client.number)
+            place, plain = self.hooks.where("local_step"), self.stepper(plan, clock)
+            step = compiled(self.step, self.loss, settings, place) if self.compile else plain
             ready = list(own) if self.whole_batches() else [filled(batch, size) for batch in own]
             keys = self.step_keys(plan, client.number, clock, len(own))
             given = self.given(plan, client, ready[0], {name: key[0] for name, key in keys.items()})
             try:
-                lane.load(step, plain, given, settings.taken(self.step))
-            except (RuntimeError, PluginError) as error:
+                lane.load(pure(step, place), pure(plain, place), given, settings.taken(self.step))
+            except CaptureError as error:
                 raise RunError(
-                    f"{place}: the step cannot be captured as a CUDA graph: {describe(error)}. "
+                    f"{place}: the step cannot be captured as a CUDA graph: {error}. "
                     "execution.executor = 'sequential' runs it as it is"
                 ) from error
             each.append((ready, keys))
@@ -74,11 +75,31 @@ class Graph(Sequential):
         for lane, client, own in zip(lanes, group, batches, strict=True):
             lane.join()
             if self.contracts:
-                self.contracts.parameters(place, lane.stepped.params)
-                self.contracts.stepped(place, lane.stepped.carry, lane.stepped.metrics, plan.state.buffers)
+                self.hooks.at = (plan.clock.round, client.number)
+                place, made = self.hooks.where("local_step"), lane.stepped
+                self.contracts.parameters(place, made.params)
+                self.contracts.stepped(place, made.carry, made.metrics, plan.state.buffers)
             client.params, client.carry = lane.places.params, lane.places.carry
             uploads.add(uploads.metrics, lane.totals)
             uploads.steps_weight += sum(len(batch.targets) for batch in own)
+
+
+class CaptureError(Exception):
+    """Why a step is no CUDA graph."""
+
+
+def pure(step: Step, place: Where) -> Step:
+    """The step, held to what it is given: its tensors lie at the lane's places and are used again."""
+
+    def checked(given: Given) -> Stepped:
+        kept = (given.params, given.mask, given.trainable, given.anchor, *given.carry.state.values())
+        before = versions(*kept)
+        stepped = step(given)
+        if versions(*kept) != before:
+            raise place.breach("wrote into a tensor it was given; return new ones")
+        return stepped
+
+    return checked
 
 
 class Lane:
@@ -103,7 +124,7 @@ class Lane:
         leaves, structure = pytree.tree_flatten(given)
         form = constants, structure, [(t.shape, t.dtype, t.stride()) for t in leaves]
         if form == self.form:
-            _copy(self.places, given)
+            _copy(_pairs(self.places, given))
         else:
             self.places, self.totals, self.graph = pytree.tree_map(torch.clone, given), {}, None
             if self.stream is not None:
@@ -122,20 +143,23 @@ class Lane:
                 self.totals[name] = torch.zeros_like(metric, dtype=torch.float64)
         self.join()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self.run(self.step, self.places)
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self.run(self.step, self.places)
+        except (RuntimeError, PluginError) as error:  # it ran before: a graph is what it cannot be
+            raise CaptureError(describe(error)) from error
         self.graph = graph
 
     def run(self, step: Step, given: Given) -> None:
         """One step; its results go to their places."""
         self.stepped = step(given)
-        _copy(self.places.params, self.stepped.params)
-        _copy(self.places.carry, self.stepped.carry)
         samples = (given.batch.targets != IGNORED).sum()
         for name, metric in self.stepped.metrics.items():
             if name not in self.totals:
                 self.totals[name] = torch.zeros_like(metric, dtype=torch.float64)
             self.totals[name] += metric * samples
+        held = (self.places.params, self.places.carry)
+        _copy(_pairs(held, (self.stepped.params, self.stepped.carry)))
 
     def advance(self, batch: Batch, keys: dict[str, Tensor]) -> None:
         """The next step, launched on this lane's stream."""
@@ -143,7 +167,7 @@ class Lane:
             if batch.targets.shape != self.places.batch.targets.shape:
                 self.run(self.plain, self.places._replace(batch=batch, keys=keys))
                 return
-            _copy((self.places.batch, self.places.keys), (batch, keys))
+            _copy(_pairs((self.places.batch, self.places.keys), (batch, keys)))
             if self.graph is None:
                 self.run(self.step, self.places)
             else:
@@ -164,14 +188,17 @@ class Lane:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
 
-def _copy(into: Any, values: Any) -> None:
-    """Writes tensors to the places of the same names. Raises RunError where the names differ."""
-    pairs = [(place, value) for place, value in _pairs(into, values) if place is not value]
-    if pairs:
-        torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
+def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Writes values to places, each as it was before: one may be what lies at the place of another."""
+    moving = [(place, value) for place, value in pairs if place is not value]
+    written = {place.untyped_storage().data_ptr() for place, _ in moving}
+    values = [v.clone() if v.untyped_storage().data_ptr() in written else v for _, v in moving]
+    if moving:
+        torch._foreach_copy_([place for place, _ in moving], values)
 
 
 def _pairs(into: Any, values: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places with the values of the same names. Raises RunError where the names differ."""
     if isinstance(into, Tensor):
         yield into, values
         return

@@ -23,7 +23,10 @@ class Sequential(Executor):
         for numbers in apart(clients, self.size):
             self.hooks.at = (plan.clock.round, numbers[0])
             with self.model_randomness(plan, numbers[0]):
-                group = [self.download(plan, number) for number in numbers]
+                group = []
+                for number in numbers:
+                    self.hooks.at = (plan.clock.round, number)
+                    group.append(self.download(plan, number))
                 self.train_group(plan, group, uploads)
                 for client in group:
                     self.hooks.at = (plan.clock.round, client.number)
@@ -46,6 +49,7 @@ class Sequential(Executor):
         self.readjust_group(plan, group, clock._replace(epoch=epochs), batches)
         if self.collects_score(plan):
             for client, own in zip(group, batches, strict=True):
+                self.hooks.at = (plan.clock.round, client.number)
                 self.add_score(plan, client, own, uploads)
 
     def steps(
@@ -57,8 +61,9 @@ class Sequential(Executor):
         uploads: Uploads,
     ) -> None:
         """One local epoch of the clients of a group."""
-        step, place = self.stepper(plan, clock), self.hooks.where("local_step")
         for client, own in zip(group, batches, strict=True):
+            self.hooks.at = (plan.clock.round, client.number)
+            step, place = self.stepper(plan, clock), self.hooks.where("local_step")
             keys = self.step_keys(plan, client.number, clock, len(own))
             metrics = []
             for index, batch in enumerate(own):

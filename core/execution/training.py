@@ -251,14 +251,20 @@ class Executor(ABC):
 
 def apart(clients: Sequence[int], size: int) -> Iterator[list[int]]:
     """The clients in groups of at most `size`; one that was sampled twice is in two of them."""
-    group: list[int] = []
+    groups: list[list[int]] = []
+    following: dict[int, int] = {}  # the first group that may take the client once more
+    opened = 0  # the first group that is not full
     for number in clients:
-        if len(group) == size or number in group:
-            yield group
-            group = []
-        group.append(number)
-    if group:
-        yield group
+        at = max(following.get(number, 0), opened)
+        while at < len(groups) and len(groups[at]) == size:
+            at += 1
+        if at == len(groups):
+            groups.append([])
+        groups[at].append(number)
+        following[number] = at + 1
+        while opened < len(groups) and len(groups[opened]) == size:
+            opened += 1
+    return iter(groups)
 
 
 def cleared(client: Client, moved: Readjusted) -> Carry:

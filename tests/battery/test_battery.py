@@ -72,9 +72,9 @@ def test_server_and_client_state_go_through_a_file(make_engine, plugin, tmp_path
     first = short(make_engine, plugin)
     reports = first.rounds(first.start())
     half = [next(reports) for _ in range(9)][-1].state
-    checkpoint.save(tmp_path / "c", half, first.ledger.state())
+    checkpoint.save(tmp_path / "c", half, first.ledger.state(), {})
     second = short(make_engine, plugin)
-    state, ledger = checkpoint.load(tmp_path / "c")
+    state, ledger = checkpoint.load(tmp_path / "c", {})
     second.ledger.load_state(ledger)
     rest = list(second.rounds(state))
     assert lines(whole[9:]) == lines(rest)

@@ -12,7 +12,7 @@ from fedsparse.core import checkpoint, task
 from fedsparse.core.compose import PluginError, compose
 from fedsparse.core.contracts import ContractError
 from fedsparse.core.engine import Engine
-from fedsparse.core.errors import ConfigError
+from fedsparse.core.errors import ConfigError, RunError
 from fedsparse.core.resolve import resolve
 from fedsparse.core.runner import run
 from fedsparse.core.schedule import learning_rate
@@ -390,11 +390,11 @@ def test_going_on_from_a_checkpoint_is_bit_identical(make_engine, tmp_path, plug
     first = make_engine(plugin, **changes)
     reports = first.rounds(first.start())
     half = [next(reports) for _ in range(9)][-1].state
-    checkpoint.save(tmp_path / "c", half, first.ledger.state())
-    checkpoint.save(tmp_path / "c", half, first.ledger.state())  # replaces
-    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    checkpoint.save(tmp_path / "c", half, first.ledger.state(), {})
+    checkpoint.save(tmp_path / "c", half, first.ledger.state(), {})  # replaces
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "c.old"]
     second = make_engine(plugin, **changes)
-    state, ledger = checkpoint.load(tmp_path / "c")
+    state, ledger = checkpoint.load(tmp_path / "c", {})
     second.ledger.load_state(ledger)
     rest = list(second.rounds(state))
     for a, b in zip(whole[9:], rest, strict=True):
@@ -407,16 +407,48 @@ def test_going_on_from_a_checkpoint_is_bit_identical(make_engine, tmp_path, plug
 
 
 def test_unreadable_checkpoints_are_refused(tmp_path):
-    from fedsparse import RunError
-
     with pytest.raises(RunError, match=r"does not exist.*before its first checkpoint"):
-        checkpoint.load(tmp_path / "none")
+        checkpoint.load(tmp_path / "none", {})
     (tmp_path / "c").mkdir()
-    for text in ("{}", "[]", "", '{"format": 1, "round": 4, "state": {"dict": {}}}'):
+    for text in ("{}", "[]", "", '{"format": 2, "round": 4, "state": {"dict": {}}}'):
         (tmp_path / "c" / "state.json").write_text(text)
         with pytest.raises(RunError, match=r"cannot read the checkpoint \S+c, it is damaged"):
-            checkpoint.load(tmp_path / "c")
+            checkpoint.load(tmp_path / "c", {})
         save_file({}, tmp_path / "c" / "tensors.safetensors")
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_engine, tmp_path):
+    engine, folder, said = make_engine("feddst", federation__rounds=4), tmp_path / "c", []
+    for report in engine.rounds(engine.start()):
+        checkpoint.save(folder, report.state, engine.ledger.state(), {})
+    tensors = folder / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    state, _ = checkpoint.load(folder, {}, say=said.append)
+    assert state.round == 3
+    assert "damaged" in said[0]
+    assert "Going on from the one before" in said[0]
+    (tmp_path / "c.old" / "state.json").write_text("{")
+    with pytest.raises(RunError, match=r"c.old, it is damaged"):
+        checkpoint.load(folder, {})
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(make_engine, make_resolved, tmp_path):
+    made = make_resolved("feddst", execution__threads=1)
+    engine = make_engine("feddst")
+    checkpoint.save(tmp_path / "c", engine.start(), engine.ledger.state(), checkpoint.identity(made))
+    same = make_resolved("feddst", output__evaluate_every=3, task__data_root="elsewhere")
+    checkpoint.load(tmp_path / "c", checkpoint.identity(same))
+    other = make_resolved("feddst", method__readjust__ratio=0.25, seed=5)
+    with pytest.raises(RunError) as caught:
+        checkpoint.load(tmp_path / "c", checkpoint.identity(other))
+    ratio = made.config.method.readjust.ratio
+    assert f"settings.seed was 0, is 5; settings.method.readjust.ratio was {ratio}, is 0.25" in str(
+        caught.value
+    )
+    older = checkpoint.identity(made)
+    older = {**older, "versions": {**older["versions"], "fedsparse": "0.0.9"}, "code": {"Regrow": "ab"}}
+    with pytest.raises(RunError, match=r"code.Regrow was .*versions.fedsparse was '0.1.0', is '0.0.9'"):
+        checkpoint.load(tmp_path / "c", older)
 
 
 @pytest.mark.parametrize("plugin", ["fedavg", "feddst", "pffdst"])

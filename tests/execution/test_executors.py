@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from fedsparse.core import functional, optim, rng
 from fedsparse.core.dropout import KeyedDropout
 from fedsparse.core.errors import ConfigError, RunError
 from fedsparse.core.execution.choose import unstackable
+from fedsparse.core.execution.training import apart
 from fedsparse.core.hookspecs import hookimpl
 from fedsparse.core.registry import Registry
 from fedsparse.core.state import Carry, Stepped
@@ -292,6 +294,68 @@ def test_a_graph_needs_the_names_that_a_step_was_given(make_engine):
     )
     with pytest.raises(RunError, match=r"the step returned \[\] where it was given \['momentum'\]"):
         last(engine)
+
+
+class Remembering(MaskedSgd):
+    """Heavy ball that keeps the last parameters: it returns what it was given under another name."""
+
+    @hookimpl
+    def client_init(self, params):
+        return {"previous": dict(params)}
+
+    @hookimpl
+    def local_step(self, loss, params, carry, batch, lr):
+        value, grads, carry = loss.value_and_grad(params, carry, batch)
+        before = carry.state["previous"]
+        moved = {n: p - lr * grads[n] + 0.5 * (p - before[n]) for n, p in params.items()}
+        return Stepped(moved, Carry(carry.buffers, {"previous": dict(params)}), {"loss": value})
+
+
+class Overwriting(MaskedSgd):
+    """Writes into its parameters."""
+
+    @hookimpl
+    def local_step(self, loss, params, carry, batch, lr):
+        value, grads, carry = loss.value_and_grad(params, carry, batch)
+        for name, p in params.items():
+            p.sub_(lr * grads[name])
+        return Stepped(params, carry, {"loss": value})
+
+
+def with_step(engine, part):
+    hooks = engine.hooks.found
+    for name in ("client_init", "local_step"):
+        function = getattr(part, name)
+        takes = tuple(inspect.signature(function).parameters)
+        hooks[name] = dataclasses.replace(hooks[name], function=function, takes=takes)
+    engine.executor.step = hooks["local_step"]
+    return engine
+
+
+def test_a_graph_copies_what_a_step_returns_under_another_name(make_engine):
+    kinds = ("sequential", "graph")
+    changes = {"execution__chunk": 2, "sparsity__target": 0.0}
+    engines = [make_engine("fedavg", execution__executor=kind, **changes) for kind in kinds]
+    assert_same(*(last(with_step(engine, Remembering())) for engine in engines))
+
+
+@pytest.mark.parametrize("kind", ["sequential", "graph"])
+def test_a_step_that_writes_into_what_it_was_given_is_named(make_engine, kind):
+    changes = {"execution__executor": kind, "sparsity__target": 0.0}
+    engine = with_step(make_engine("fedavg", **changes), Overwriting())
+    with pytest.raises(RunError, match=r"local_step.*wrote into a tensor it was given"):
+        last(engine)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_repeats_of_a_client_are_in_later_groups(size):
+    for clients in ([0, 0, 0, 1, 1, 1, 2, 2, 2], [3, 1, 3, 2, 1, 0], [4, 3, 2, 1], []):
+        groups = list(apart(clients, size))
+        assert sorted(number for group in groups for number in group) == sorted(clients)
+        assert all(len(set(group)) == len(group) <= size for group in groups)
+        fewest = max([-(-len(clients) // size), *(clients.count(c) for c in clients)], default=0)
+        assert len(groups) <= fewest + 1  # the first group that fits, which is not always best
+    assert list(apart([3, 1, 2], 1)) == [[3], [1], [2]]  # in their order
 
 
 @pytest.mark.slow

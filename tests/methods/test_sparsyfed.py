@@ -7,6 +7,7 @@ example 10.9 count rounds from 1, the engine from 0.
 """
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -645,6 +646,45 @@ def test_convolutions_of_every_kind(geometry, dimensions):
     plain = torch.autograd.grad(layer(x), [x, layer.bias], g)
     torch.testing.assert_close((by_x, by_bias), plain)
     torch.testing.assert_close(by_weight, torch.autograd.grad(layer(kept), layer.weight, g)[0])
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_inputs_are_pruned_in_every_order_and_type(biased, precision):
+    """Patch tokens are transposed, autocast copies inputs: the layer saves another tensor."""
+    torch.manual_seed(0)
+    weight = (torch.randn(6, 8) * (torch.rand(6, 8) < 0.3)).requires_grad_()
+    bias = torch.randn(6, requires_grad=True) if biased else None
+    x, g = torch.randn(4, 8, 5).transpose(1, 2), torch.randn(4, 5, 6)
+    for inputs in (x, x.contiguous(), x.reshape(20, 8)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            with Pruning({id(weight): "w"}, {}) as mode:
+                out = torch.nn.functional.linear(inputs, weight, bias)
+            kept = mode.kept("w", inputs, weight.detach())
+            exact = torch.nn.functional.linear(kept, weight, bias)
+        (found,) = torch.autograd.grad(out, weight, g.reshape(out.shape).to(out.dtype))
+        (expected,) = torch.autograd.grad(exact, weight, g.reshape(out.shape).to(out.dtype))
+        # bfloat16 has 8 bits: sums of 20 products in another order
+        torch.testing.assert_close(found, expected, atol=0.1 if precision == "bfloat16" else 1e-5, rtol=0)
+        dense = torch.nn.functional.linear(inputs, weight, bias)
+        (plain,) = torch.autograd.grad(dense, weight, g.reshape(out.shape))
+        assert (found - plain).abs().max() > 0.3
+
+
+def test_the_chain_rule_by_hand_is_the_gradient(client):
+    """Of the loss at powered weights, by θ; also where a layer of zeros has the spectral exponent 1."""
+    params = {**client.params, "fc1.weight": torch.zeros_like(client.params["fc1.weight"])}
+    for part in (PoweredSgd(prune_activations=False), PoweredSgd(prune_activations=False, spectral=True)):
+        exponents = part.exponents(params)
+        carry = Carry({}, {"exponent": exponents})
+        loss, batch = client.loss, client.batches[0]
+        through = replace(loss, of=replace(loss.of, effective_params=lambda p, _, e=exponents: powered(p, e)))
+        grads = through.value_and_grad(params, carry, batch)[1]
+        offered = {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "trainable": {}}
+        after = part.local_step(loss, params, carry, batch, **offered).params
+        for name, grad_ in grads.items():
+            torch.testing.assert_close(params[name] - after[name], grad_, atol=1e-6, rtol=1e-4)
+        assert (after["fc1.weight"] == 0).all()
 
 
 def test_layers_that_are_not_named_stay_plain():
