@@ -11,7 +11,7 @@ import click
 
 from ..core.errors import ConfigError, FedsparseError
 from ..core.registry import describe
-from .options import CONFIG, COUNTS, PLUGIN, QUIET, SWAP, WORK, WORKERS, Settings, settings
+from .options import CONFIG, COUNTS, PLUGIN, QUIET, SWAP, TRACK, WORK, WORKERS, Settings, settings
 
 if TYPE_CHECKING:
     from ..core.resolve import Resolved
@@ -75,18 +75,21 @@ def main() -> None:
     help="Folder for the results, new or empty. Default: a new one under runs/.",
 )
 @WORKERS
+@TRACK
 @QUIET
-def run(chosen: Settings, out: Path | None, workers: int, quiet: bool) -> None:
+def run(chosen: Settings, out: Path | None, workers: int, trackers: tuple[str, ...], quiet: bool) -> None:
     """Train with a method and write metrics, model and mask to a folder.
 
     \b
     fedsparse run --plugin feddst --set federation.rounds=100 --set sparsity.target=0.9
     fedsparse run --plugin pffdst --config cifar10-lenet --set task.data_root=/data
     fedsparse run --plugin ./mine.py --seed 1
+    fedsparse run --plugin pffdst --track tensorboard
     """
+    from ..core.trackers import tracked
     from ..core.tracking import refuse_taken
 
-    resolved = chosen.resolve()
+    resolved = tracked(chosen.resolve(), trackers)
     if out is not None:
         refuse_taken(out)
     train(resolved, out, workers, quiet)
@@ -95,14 +98,17 @@ def run(chosen: Settings, out: Path | None, workers: int, quiet: bool) -> None:
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @WORKERS
+@TRACK
 @QUIET
-def resume(folder: Path, workers: int, quiet: bool) -> None:
+def resume(folder: Path, workers: int, trackers: tuple[str, ...], quiet: bool) -> None:
     """Go on with an interrupted run, from its last checkpoint.
 
     \b
     fedsparse resume runs/pffdst-digits-seed0
     """
-    resolved = Settings(configs=(str(folder / "config.toml"),)).resolve()
+    from ..core.trackers import tracked
+
+    resolved = tracked(Settings(configs=(str(folder / "config.toml"),)).resolve(), trackers)
     train(resolved, folder, workers, quiet, resume=True)
 
 

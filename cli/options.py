@@ -116,6 +116,13 @@ WORKERS = click.option(
     default=1,
     help="Processes that share each round's clients, one CPU thread or one GPU each.",
 )
+TRACK = click.option(
+    "--track",
+    "trackers",
+    multiple=True,
+    type=click.Choice(["csv", "tensorboard", "wandb", "mlflow"]),
+    help="Send each round's metrics there, too; several: repeat it.",
+)
 QUIET = click.option("--quiet", "-q", is_flag=True, help="Print only the summary.")
 
 

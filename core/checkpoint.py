@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import RunError
+from .hookspecs import SLOTS
 from .resolve import Resolved
 from .state import ServerState, moved_to
 from .tracking import versions
@@ -129,7 +130,7 @@ def identity(resolved: Resolved) -> dict[str, Any]:
     for section, name in (("task", "data_root"), ("task", "download")):
         del settings[section][name]
     sources = {}
-    for part in resolved.method.parts():
+    for part in (*(resolved.method.part(slot) for slot in SLOTS), *resolved.config.method.extras):
         module = inspect.getsourcefile(type(part))
         code = Path(module).read_bytes() if module else b""
         sources[type(part).__name__] = hashlib.sha256(code).hexdigest()[:16]

@@ -22,11 +22,14 @@ hook has the default that its docstring names. A part may bring extras besides, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from .budget import Budget
@@ -241,6 +244,14 @@ class Extras:
     @hookspec(firstresult=True)
     def paper_bytes(self, traffic: Traffic) -> float:
         """For every client and round: the bytes, both ways, by the paper's own formula."""
+
+    @hookspec
+    def on_run_begin(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        """Before the first round of a run or of its resumption: its folder and its settings as tables."""
+
+    @hookspec
+    def on_run_end(self, summary: Mapping[str, Any]) -> None:
+        """After the last round, or Ctrl-C: what `summary.json` holds. Not after an error."""
 
     @hookspec
     def on_round_end(self, report: Report) -> None:

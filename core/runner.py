@@ -59,7 +59,7 @@ def run(
         folder = RunFolder(resolved, out, resume_at=state.round if resume else None)
         begun(engine, folder)
         state, interrupted = _play(engine, folder, state, watch, made_by)
-    return folder.finish(
+    summary = folder.finish(
         state,
         engine.loss.weights(state.params, state.mask),
         device=engine.task.device,
@@ -67,6 +67,9 @@ def run(
         wall_seconds=time.perf_counter() - started,
         interrupted=interrupted and state.round < resolved.config.federation.rounds,
     )
+    if engine.hooks.has_extra("on_run_end"):
+        engine.hooks.extra("on_run_end", summary=summary)
+    return summary
 
 
 def _follow(engine: Engine, state: ServerState) -> None:
@@ -85,6 +88,8 @@ def _play(
     """Plays and records the rounds that are left; the last state, and whether Ctrl-C ended them."""
     every, rounds = engine.config.output.checkpoint_every, engine.config.federation.rounds
     try:
+        if engine.hooks.has_extra("on_run_begin"):
+            engine.hooks.extra("on_run_begin", folder=folder.path, settings=folder.resolved.tree())
         for report in engine.rounds(state):
             state = report.state
             folder.record(report.metrics)
