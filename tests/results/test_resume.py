@@ -47,7 +47,8 @@ def test_killed_at_random_moments(plugin, tmp_path):
         for _ in range(2):  # the second time while it goes on
             time.sleep(chance.uniform(0.3, 1.0) * lasts)
             process.kill()
-            killed += process.wait() == -signal.SIGKILL
+            process.communicate()
+            killed += process.returncode == -signal.SIGKILL
             process = started(command("resume", folder, "--quiet"))
         said = process.communicate()[1].decode()
         if process.returncode and not (folder / "checkpoint").exists():
