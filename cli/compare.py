@@ -122,7 +122,8 @@ def show(asked: Asked, as_json: bool) -> None:
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=WIDTH)
     for table in comparison.tables:
-        drawn = Table(title=escape(table.title), title_justify="left")
+        console.print(table.title, style="bold", markup=False)
+        drawn = Table()
         drawn.add_column("", overflow="fold")
         for column in table.columns:
             drawn.add_column(column.heading, justify="right", overflow="fold")

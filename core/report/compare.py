@@ -19,10 +19,10 @@ from .columns import Group, column, differing, grouped, shown, traffic
 
 MEGABYTE = 1e6
 ROUND_BUDGETS = 4  # columns where no budgets are given
-NOT_REACHED, NOT_EVALUATED = "not reached", "not evaluated"
+NOT_REACHED, NOT_EVALUATED, NO_ROUNDS = "not reached", "not evaluated", "no rounds"
 NO_BUDGET = (
-    "No round budget lies between the first evaluations and the smallest total of the runs; choose budgets "
-    "by --budgets and --flops-budgets."
+    "No round number of {} lies between the first evaluations and the smallest total of the runs; choose "
+    "by --budgets and --flops-budgets, or evaluate more often (output.evaluate_every)."
 )
 NO_TARGET = "No target accuracy: of no method have all runs been evaluated; choose one by --target."
 
@@ -168,8 +168,8 @@ def compare(
     if target is not None:
         tables.append(_to(groups, target, accuracy, model))
     notes = _notes(groups)
-    if not byte_budgets or not flop_budgets:
-        notes.append(NO_BUDGET)
+    for budgeted, what in ((byte_budgets, "megabytes"), (flop_budgets, "FLOPs")):
+        notes += [] if budgeted else [NO_BUDGET.format(what)]
     notes.append(NO_TARGET if target is None else str(model))
     asked = {
         "target": {"accuracy": metric, "value": target},
@@ -206,7 +206,7 @@ def _totals(groups: Sequence[Group]) -> Table:
     """What the runs came to."""
 
     def last(spent: Callable[[Result], NDArray[np.float64]]) -> tuple[Cell, ...]:
-        return tuple(Cell(tuple(_last(spent(run)) for run in group.runs)) for group in groups)
+        return tuple(Cell(tuple(_last(spent(run), NO_ROUNDS) for run in group.runs)) for group in groups)
 
     counts = tuple(Cell((float(len(group.runs)),)) for group in groups)
     rounds = tuple(Cell(tuple(float(len(run.rounds)) for run in group.runs)) for group in groups)
@@ -282,11 +282,13 @@ def spent_to(accuracy: NDArray[np.float64], spent: NDArray[np.float64], target: 
 def _finals(groups: Sequence[Group], metric: str) -> tuple[Cell, ...]:
     """The last evaluations."""
     evaluated = ([column(run, metric) for run in group.runs] for group in groups)
-    return tuple(Cell(tuple(_last(v[np.isfinite(v)]) for v in of_group)) for of_group in evaluated)
+    return tuple(
+        Cell(tuple(_last(v[np.isfinite(v)], NOT_EVALUATED) for v in of_group)) for of_group in evaluated
+    )
 
 
-def _last(values: NDArray[np.float64]) -> Value:
-    return float(values[-1]) if values.size and np.isfinite(values[-1]) else NOT_EVALUATED
+def _last(values: NDArray[np.float64], otherwise: str) -> Value:
+    return float(values[-1]) if values.size and np.isfinite(values[-1]) else otherwise
 
 
 def _flops(run: Result) -> NDArray[np.float64]:
@@ -294,7 +296,7 @@ def _flops(run: Result) -> NDArray[np.float64]:
 
 
 def _round_budgets(groups: Sequence[Group], spent: Callable[[Result], NDArray[np.float64]]) -> list[float]:
-    """The largest of 1, 2, 5, 10, 20, … that every evaluated run has spent, and been evaluated within."""
+    """The largest round numbers that every evaluated run has spent, and been evaluated within."""
     evaluated = [run for g in groups for run in g.runs if np.isfinite(column(run, "test_accuracy")).any()]
     if not evaluated:
         return []
@@ -302,9 +304,13 @@ def _round_budgets(groups: Sequence[Group], spent: Callable[[Result], NDArray[np
     least = max(float(spent(run)[np.isfinite(column(run, "test_accuracy"))][0]) for run in evaluated)
     if not most > 0:
         return []
-    top = math.floor(math.log10(most))
-    steps = [digit * 10.0**power for power in range(max(top - 2, 0), top + 1) for digit in (1, 2, 5)]
-    return [step for step in steps if least <= step <= most][-ROUND_BUDGETS:]
+    top, found = math.floor(math.log10(most)), list[float]()
+    for digits in ((10, 20, 50), range(10, 100, 5), range(10, 100)):
+        tried = (digit * 10.0 ** (power - 1) for power in range(top - 2, top + 1) for digit in digits)
+        found = [budget for budget in tried if least <= budget <= most and budget >= 1]
+        if len(found) > 1:
+            break
+    return found[-ROUND_BUDGETS:]
 
 
 def _notes(groups: Sequence[Group]) -> list[str]:

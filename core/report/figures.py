@@ -18,6 +18,7 @@ from .columns import Group, column, traffic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 # Okabe and Ito's, which readers with any colour vision can tell apart; without their yellow, faint on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -51,7 +52,10 @@ class Panel(NamedTuple):
 
 ROUNDS = "rounds played"
 MEGABYTES = "MB sent since the start (up + down, all clients)"
-BAND = "Bands: mean ± one sample standard deviation over the seeds, where there are several."
+BAND = (
+    "Bands: mean ± one sample standard deviation over the seeds, where there are several; a line ends with "
+    "the first of its runs."
+)
 
 
 def draw(groups: Sequence[Group]) -> tuple[Picture, ...]:
@@ -136,7 +140,6 @@ def regrown(run: Result) -> Columns:
 def _png(groups: Sequence[Group], panels: Sequence[Panel], by_bytes: bool) -> bytes | None:
     """The drawn panels, one below the other; None if no run has what they show."""
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
     columns = 1 if max(len(group.name) for group in groups) > 38 else 2
@@ -145,26 +148,28 @@ def _png(groups: Sequence[Group], panels: Sequence[Panel], by_bytes: bool) -> by
     with _style():
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
         axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-        drawn: dict[str, Line2D] = {}
+        drawn: dict[str, tuple[Line2D, str]] = {}
         for panel, axis in zip(panels, axes, strict=True):
             for number, group in enumerate(groups):
                 line = _draw(axis, group, panel, by_bytes, _look(number))
                 if line is not None:
                     drawn.setdefault(group.name, line)
             _frame(axis, panel)
-        axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=not by_bytes))
+        axes[-1].xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=not by_bytes))
         axes[-1].set_xlabel(MEGABYTES if by_bytes else ROUNDS)
         if not drawn:
             return None
-        labels = [_counted(group) for group in groups if group.name in drawn]
-        figure.legend(list(drawn.values()), labels, loc="outside lower center", ncols=columns)
+        lines, labels = zip(*(drawn[group.name] for group in groups if group.name in drawn), strict=True)
+        figure.legend(lines, labels, loc="outside lower center", ncols=columns)
         file = io.BytesIO()
         figure.savefig(file, format="png")
     return file.getvalue()
 
 
-def _draw(axis: Axes, group: Group, panel: Panel, by_bytes: bool, look: dict[str, Any]) -> Any:
-    """A group's line and band; None if none of its runs has such values."""
+def _draw(
+    axis: Axes, group: Group, panel: Panel, by_bytes: bool, look: dict[str, Any]
+) -> tuple[Line2D, str] | None:
+    """Draws a group's line and band; the line and its label, None if none of its runs has such values."""
     ys = [panel.y(run) for run in group.runs]
     pairs = [(y, run) for y, run in zip(ys, group.runs, strict=True) if np.isfinite(y).any()]
     if not pairs:
@@ -183,7 +188,7 @@ def _draw(axis: Axes, group: Group, panel: Panel, by_bytes: bool, look: dict[str
     if len(pairs) > 1:
         spread, colour = values[:, held].std(axis=0, ddof=1), look["color"]
         axis.fill_between(x, mean - spread, mean + spread, step=step, color=colour, alpha=0.18, linewidth=0)
-    return line
+    return line, group.name if len(pairs) == 1 else f"{group.name}, {len(pairs)} seeds"
 
 
 def _frame(axis: Axes, panel: Panel) -> None:
@@ -198,10 +203,6 @@ def _frame(axis: Axes, panel: Panel) -> None:
 
 def _look(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
-
-
-def _counted(group: Group) -> str:
-    return group.name if len(group.runs) == 1 else f"{group.name}, {len(group.runs)} seeds"
 
 
 @contextmanager
