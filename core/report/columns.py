@@ -22,7 +22,8 @@ Settings = Mapping[str, Any]
 
 def column(run: Result, name: str) -> NDArray[np.float64]:
     """A number of `metrics.jsonl`, one value a round; NaN where a round, or the run, has none."""
-    return run.metrics.get(name, np.full(len(run.rounds), np.nan))
+    values = (line.get(name) for line in run.rounds)  # not run.metrics, which makes all of them
+    return np.array([value if isinstance(value, int | float) else np.nan for value in values], dtype=float)
 
 
 def traffic(run: Result) -> NDArray[np.float64]:

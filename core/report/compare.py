@@ -20,6 +20,7 @@ from .columns import Group, column, differing, grouped, shown, traffic
 MEGABYTE = 1e6
 ROUND_BUDGETS = 4  # columns where no budgets are given
 NOT_REACHED, NOT_EVALUATED, NO_ROUNDS = "not reached", "not evaluated", "no rounds"
+NOT_RECORDED = "not recorded"
 NO_BUDGET = (
     "No round number of {} lies between the first evaluations and the smallest total of the runs; choose "
     "by --budgets and --flops-budgets, or evaluate more often (output.evaluate_every)."
@@ -265,7 +266,9 @@ def accuracy_at(accuracy: NDArray[np.float64], spent: NDArray[np.float64], budge
     """The last evaluated accuracy at or below the budget, of columns with a value a round."""
     if not np.isfinite(accuracy).any():
         return NOT_EVALUATED
-    if not spent[-1] >= budget:
+    if not np.isfinite(spent).all():
+        return NOT_RECORDED
+    if spent[-1] < budget:
         return NOT_REACHED
     within = accuracy[np.isfinite(accuracy) & (spent <= budget)]
     return float(within[-1]) if within.size else NOT_EVALUATED
@@ -276,7 +279,9 @@ def spent_to(accuracy: NDArray[np.float64], spent: NDArray[np.float64], target: 
     if not np.isfinite(accuracy).any():
         return NOT_EVALUATED
     first = np.flatnonzero(accuracy >= target)  # NaN is not
-    return float(spent[first[0]]) if first.size else NOT_REACHED
+    if not first.size:
+        return NOT_REACHED
+    return float(spent[first[0]]) if np.isfinite(spent[first[0]]) else NOT_RECORDED
 
 
 def _finals(groups: Sequence[Group], metric: str) -> tuple[Cell, ...]:
@@ -288,7 +293,9 @@ def _finals(groups: Sequence[Group], metric: str) -> tuple[Cell, ...]:
 
 
 def _last(values: NDArray[np.float64], otherwise: str) -> Value:
-    return float(values[-1]) if values.size and np.isfinite(values[-1]) else otherwise
+    if not values.size:
+        return otherwise
+    return float(values[-1]) if np.isfinite(values[-1]) else NOT_RECORDED
 
 
 def _flops(run: Result) -> NDArray[np.float64]:

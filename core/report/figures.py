@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's, which readers with any colour vision can tell apart; without their yellow, faint on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+MARKERS = ("o", "s", "^", "D", "v")  # with colours and dashes, no two of 140 lines look alike
 WIDTH, HEIGHT, GAP = 7.0, 2.9, 0.3  # inches: of a page's column, of one panel, of a line of the legend
 DPI = 160
 POINTS = 50  # of a line, up to which they are marked
@@ -183,8 +184,9 @@ def _draw(
     x = (sent.mean(axis=0) if by_bytes else np.arange(1.0, played + 1))[held]
     mean = values[:, held].mean(axis=0)
     step: Any = "mid" if panel.stepped else None
-    drawstyle, marker = ("steps-mid", "") if step else ("default", "o" if x.size <= POINTS else "")
-    (line,) = axis.plot(x, mean, marker=marker or ("o" if x.size == 1 else ""), drawstyle=drawstyle, **look)
+    marked = x.size == 1 or (not panel.stepped and x.size <= POINTS)
+    style = look if marked else {**look, "marker": ""}
+    (line,) = axis.plot(x, mean, drawstyle="steps-mid" if panel.stepped else "default", **style)
     if len(pairs) > 1:
         spread, colour = values[:, held].std(axis=0, ddof=1), look["color"]
         axis.fill_between(x, mean - spread, mean + spread, step=step, color=colour, alpha=0.18, linewidth=0)
@@ -202,7 +204,8 @@ def _frame(axis: Axes, panel: Panel) -> None:
 
 
 def _look(number: int) -> dict[str, Any]:
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+    looks = {"color": COLOURS, "linestyle": DASHES, "marker": MARKERS}
+    return {name: choices[number % len(choices)] for name, choices in looks.items()}
 
 
 @contextmanager

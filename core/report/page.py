@@ -19,8 +19,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 caption { text-align: left; font-weight: 600; padding: 1.2rem 0 .3rem; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
-th:first-child { text-align: left; white-space: normal; min-width: 9rem; font-weight: 500; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
+th:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 9rem; font-weight: 500; }
 thead th { border-bottom: 2px solid #666; font-weight: 600; }
 figure { margin: 1rem 0 2rem; } figure img { width: 100%; height: auto; }
 figcaption, li { font-size: .9rem; color: #444; }
@@ -64,17 +64,16 @@ def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
         + "</li>"
         for group in comparison.groups
     )
-    title = f"fedsparse: {', '.join(names)}"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
+<title>Runs compared by fedsparse</title>
 <style>{STYLE}</style>
 </head>
 <body>
-<h1>{escape(" / ".join(names))}</h1>
+<h1>Runs compared</h1>
 <h2>Tables</h2>
 {tables}
 <ul>
