@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ DASHES = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MARKERS = ("o", "s", "^", "D", "v")  # with colours and dashes, no two of 140 lines look alike
 WIDTH, HEIGHT, GAP = 7.0, 2.9, 0.3  # inches: of a page's column, of one panel, of a line of the legend
 DPI = 160
+LABEL = 65  # characters of a line of the legend
 POINTS = 50  # of a line, up to which they are marked
 MEGABYTE = 1e6
 Columns = NDArray[np.float64]
@@ -145,7 +147,8 @@ def _png(groups: Sequence[Group], panels: Sequence[Panel], by_bytes: bool) -> by
 
     columns = 1 if max(len(group.name) for group in groups) > 38 else 2
     columns = 3 if all(len(group.name) <= 22 for group in groups) else columns
-    height = HEIGHT * len(panels) + GAP * (1 + math.ceil(len(groups) / columns))
+    lines_each = max(len(wrap(group.name, LABEL)) for group in groups)
+    height = HEIGHT * len(panels) + GAP * (1 + lines_each * math.ceil(len(groups) / columns))
     with _style():
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
         axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
@@ -190,7 +193,8 @@ def _draw(
     if len(pairs) > 1:
         spread, colour = values[:, held].std(axis=0, ddof=1), look["color"]
         axis.fill_between(x, mean - spread, mean + spread, step=step, color=colour, alpha=0.18, linewidth=0)
-    return line, group.name if len(pairs) == 1 else f"{group.name}, {len(pairs)} seeds"
+    label = group.name if len(pairs) == 1 else f"{group.name}, {len(pairs)} seeds"
+    return line, "\n".join(wrap(label, LABEL))
 
 
 def _frame(axis: Axes, panel: Panel) -> None:

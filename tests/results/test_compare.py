@@ -2,6 +2,8 @@
 
 import json
 import statistics
+import subprocess
+import sys
 
 import pytest
 
@@ -174,3 +176,14 @@ def test_real_runs_compare(cli):
     figures = tree["groups"][1]["figures"]["final"]
     assert figures["test_accuracy"]["mean"] == final["test_accuracy"]
     assert figures["bytes"]["mean"] == final["upload_bytes_total"] + final["download_bytes_total"]
+
+
+def test_comparing_imports_neither_torch_nor_matplotlib(made):
+    folder = made("a", FIVE)
+    code = (
+        "import sys\nfrom fedsparse.cli.main import main\n"
+        f"main(['compare', {str(folder)!r}], standalone_mode=False)\n"
+        "assert not {'torch', 'matplotlib', 'pandas'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
