@@ -11,6 +11,7 @@ import click
 
 from ..core.errors import ConfigError, FedsparseError
 from ..core.registry import describe
+from .compare import Asked, comparing
 from .options import CONFIG, COUNTS, PLUGIN, QUIET, SWAP, TRACK, WORK, WORKERS, Settings, settings
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def main() -> None:
     fedsparse run --plugin pffdst --swap readjust=feddst   swap one slot of the method
     fedsparse run --plugin pffdst --workers 2              two processes share each round's clients
     fedsparse resume runs/pffdst-digits-seed0              go on with an interrupted run
+    fedsparse compare runs/*                               accuracy at equal bytes and FLOPs, cost of a target
+    fedsparse report runs/* --out report                   the same with figures, as one HTML page
     fedsparse plugins                                      what is installed
     fedsparse config show --plugin pffdst                  every setting and where it comes from
     """
@@ -123,6 +126,45 @@ def train(resolved: Resolved, out: Path | None, workers: int, quiet: bool, resum
         interrupted = watched_run(resolved, out, quiet, resume)
     if interrupted:
         sys.exit(INTERRUPTED)
+
+
+@main.command()
+@comparing
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON: bytes, FLOPs, seconds, each seed's values."
+)
+def compare(asked: Asked, as_json: bool) -> None:
+    """Compare runs at equal megabytes, at equal FLOPs, and by what a target accuracy cost.
+
+    Runs that differ only in the seed are one row: mean ± sample standard deviation. Seconds are modelled: a
+    round takes as long as its mean client downloads, computes and uploads at the given speeds.
+
+    \b
+    fedsparse compare runs/*
+    fedsparse compare runs/pffdst-* runs/feddst-* --budgets 1,5,10 --target 0.8 --up 1 --down 10
+    """
+    from .compare import show
+
+    show(asked, as_json)
+
+
+@main.command()
+@comparing
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder for the report, new or empty.",
+)
+def report(asked: Asked, out: Path) -> None:
+    """Write what `compare` shows, with figures, as one HTML page; also PNGs and JSON.
+
+    \b
+    fedsparse report runs/* --out report
+    """
+    from .compare import write
+
+    write(asked, out)
 
 
 @main.command()

@@ -438,6 +438,8 @@ COMMANDS = [
     [],
     ["run"],
     ["resume"],
+    ["compare"],
+    ["report"],
     ["bench"],
     ["plugins"],
     ["plugins", "show"],

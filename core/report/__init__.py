@@ -1,0 +1,1 @@
+"""Runs compared and drawn afterwards, from their folders alone."""

@@ -1,0 +1,110 @@
+"""A comparison as one HTML file that needs no other, with its figures as files, too."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from ..errors import RunError
+from .compare import Comparison, Table
+from .figures import Picture, draw
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
+  max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+caption { text-align: left; font-weight: 600; padding: 1.2rem 0 .3rem; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
+th:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 9rem; font-weight: 500; }
+thead th { border-bottom: 2px solid #666; font-weight: 600; }
+figure { margin: 1rem 0 2rem; } figure img { width: 100%; height: auto; }
+figcaption, li { font-size: .9rem; color: #444; }
+code { overflow-wrap: anywhere; }
+"""
+
+
+def write(comparison: Comparison, folder: Path) -> None:
+    """Writes `report.html`, `compare.json` and the PNGs.
+
+    Raises RunError if it cannot, or without matplotlib.
+    """
+    pictures = draw(comparison.groups)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in pictures:
+            (folder / f"{picture.name}.png").write_bytes(picture.png)
+        (folder / "compare.json").write_text(as_json(comparison), encoding="utf-8")
+        (folder / "report.html").write_text(page(comparison, pictures), encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error}") from None
+
+
+def as_json(comparison: Comparison) -> str:
+    """The numbers as JSON text."""
+    return json.dumps(comparison.tree(), indent=1, allow_nan=False) + "\n"
+
+
+def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
+    """The HTML text; pictures are inside it."""
+    names = [group.name for group in comparison.groups]
+    figures = "\n".join(map(_figure, pictures)) or "<p>The runs hold nothing to draw yet.</p>"
+    tables = "\n".join(_table(table, names) for table in comparison.tables)
+    notes = "\n".join(f"<li>{escape(note)}</li>" for note in comparison.notes)
+    runs = "\n".join(
+        f"<li><b>{escape(group.name)}</b>: "
+        + ", ".join(
+            f"<code>{escape(str(run.path))}</code> (seed {seed})"
+            for run, seed in zip(group.runs, group.seeds, strict=True)
+        )
+        + "</li>"
+        for group in comparison.groups
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Runs compared by fedsparse</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>Runs compared</h1>
+<h2>Tables</h2>
+{tables}
+<ul>
+{notes}
+</ul>
+<h2>Figures</h2>
+{figures}
+<h2>Runs</h2>
+<ul>
+{runs}
+</ul>
+</body>
+</html>
+"""
+
+
+def _table(table: Table, names: Sequence[str]) -> str:
+    head = "".join(f'<th scope="col">{escape(column.heading)}</th>' for column in table.columns)
+    rows = "\n".join(
+        f'<tr><th scope="row">{escape(name)}</th>' + "".join(f"<td>{escape(t)}</td>" for t in texts) + "</tr>"
+        for name, texts in zip(names, table.texts(), strict=True)
+    )
+    return (
+        f'<div class="wide"><table>\n<caption>{escape(table.title)}</caption>\n'
+        f"<thead><tr><th></th>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>"
+    )
+
+
+def _figure(picture: Picture) -> str:
+    data = base64.b64encode(picture.png).decode("ascii")
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(picture.title)}">'
+        f"<figcaption><b>{escape(picture.title)}.</b> {escape(picture.caption)}</figcaption></figure>"
+    )
