@@ -11,7 +11,20 @@ import click
 
 from ..core.errors import ConfigError, FedsparseError
 from ..core.registry import describe
-from .options import CONFIG, COUNTS, PLUGIN, QUIET, SWAP, WORK, WORKERS, Settings, settings
+from .options import (
+    CONFIG,
+    COUNTS,
+    FOLDER,
+    MARKDOWN,
+    PLUGIN,
+    QUIET,
+    RUN,
+    SWAP,
+    WORK,
+    WORKERS,
+    Settings,
+    settings,
+)
 
 if TYPE_CHECKING:
     from ..core.resolve import Resolved
@@ -62,6 +75,7 @@ def main() -> None:
     fedsparse run --plugin pffdst --swap readjust=feddst   swap one slot of the method
     fedsparse run --plugin pffdst --workers 2              two processes share each round's clients
     fedsparse resume runs/pffdst-digits-seed0              go on with an interrupted run
+    fedsparse card runs/pffdst-digits-seed0                what a reviewer asks about a run
     fedsparse plugins                                      what is installed
     fedsparse config show --plugin pffdst                  every setting and where it comes from
     """
@@ -117,6 +131,36 @@ def train(resolved: Resolved, out: Path | None, workers: int, quiet: bool, resum
         interrupted = watched_run(resolved, out, quiet, resume)
     if interrupted:
         sys.exit(INTERRUPTED)
+
+
+@main.command()
+@RUN
+@MARKDOWN
+def card(run: Path, markdown: bool) -> None:
+    """What a reviewer asks about a run: method, sparsity, clients, bytes, FLOPs, versions, settings.
+
+    \b
+    fedsparse card runs/pffdst-digits-seed0
+    fedsparse card runs/pffdst-digits-seed0 --markdown > card.md
+    """
+    from .card import show_card
+
+    show_card(run, markdown)
+
+
+@main.command()
+@click.argument("first", type=FOLDER)
+@click.argument("second", type=FOLDER)
+@MARKDOWN
+def diff(first: Path, second: Path, markdown: bool) -> None:
+    """What differs between two runs: settings and their sources, versions, figures, weights.
+
+    \b
+    fedsparse diff runs/pffdst-digits-seed0 runs/pffdst-digits-seed1
+    """
+    from .card import show_diff
+
+    show_diff(first, second, markdown)
 
 
 @main.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -116,6 +117,9 @@ WORKERS = click.option(
     default=1,
     help="Processes that share each round's clients, one CPU thread or one GPU each.",
 )
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+RUN = click.argument("run", type=FOLDER)
+MARKDOWN = click.option("--markdown", is_flag=True, help="Print Markdown instead of tables.")
 QUIET = click.option("--quiet", "-q", is_flag=True, help="Print only the summary.")
 
 
