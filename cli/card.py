@@ -15,7 +15,7 @@ from ..core.results import Result
 def show_card(folder: Path, as_markdown: bool) -> None:
     """Prints a run's card. Raises RunError if the folder is no run."""
     result = Result.load(folder)
-    _show(f"Run {folder}", card(result), as_markdown)
+    show_sections(f"Run {folder}", card(result), as_markdown)
 
 
 def show_diff(first: Path, second: Path, as_markdown: bool) -> None:
@@ -24,10 +24,11 @@ def show_diff(first: Path, second: Path, as_markdown: bool) -> None:
     if not found:
         click.echo("no difference (but in time)")
         return
-    _show(f"A = {first}, B = {second}", found, as_markdown)
+    show_sections(f"A = {first}, B = {second}", found, as_markdown)
 
 
-def _show(title: str, sections: Sequence[Section], as_markdown: bool) -> None:
+def show_sections(title: str, sections: Sequence[Section], as_markdown: bool = False) -> None:
+    """Tables under their titles; a section's note below its table."""
     if as_markdown:
         click.echo(markdown(title, sections), nl=False)
         return
@@ -42,8 +43,8 @@ def _show(title: str, sections: Sequence[Section], as_markdown: bool) -> None:
         if section.rows:
             plain = section.headings == ("", "value")
             table = Table(show_edge=False, pad_edge=False, show_header=not plain)
-            for heading in section.headings:
-                table.add_column(heading, overflow="fold")
+            for number, heading in enumerate(section.headings):
+                table.add_column(heading, overflow="fold", no_wrap=number == 0)
             for row in section.rows:
                 table.add_row(*map(escape, row))
             console.print(table)

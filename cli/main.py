@@ -164,6 +164,34 @@ def diff(first: Path, second: Path, markdown: bool) -> None:
 
 
 @main.command()
+@RUN
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(["packed", "onnx", "csr"]),
+    help="packed: values and a bitmap; onnx: dense ONNX; csr: linear layers as CSR. Several; default: all.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the files, new or empty. Default: export/ in the run's folder.",
+)
+def export(run: Path, formats: tuple[str, ...], out: Path | None) -> None:
+    """Write a run's final model as packed safetensors, ONNX and CSR; sizes and CPU latency.
+
+    Every file is read back and held against the run's model. ONNX needs fedsparse[export].
+
+    \b
+    fedsparse export runs/pffdst-digits-seed0
+    fedsparse export runs/pffdst-digits-seed0 --format packed --out small
+    """
+    from .export import show_export
+
+    show_export(run, formats, out)
+
+
+@main.command()
 @click.argument("works", nargs=-1, type=WORK)
 @click.option(
     "--workers",
