@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ UNKNOWN = "not recorded"
 
 BUFFERS = "averaged over the round's clients, weighted by samples"
 """What the engine does with buffers, such as BatchNorm's running statistics, in every method."""
+
+
+PRUNABLE = {"weights": "the weight of every convolution and linear layer", "all": "every parameter"}
+"""Rules of `sparsity.prunable` in words; others are patterns of names."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ def _method(result: Result) -> Section:
 def _parts(result: Result) -> Section:
     tables, said = result.config["method"], result.summary.get("parts", {})
     rows = [(slot, tables[slot]["use"], _own(tables[slot]), said.get(slot, UNKNOWN)) for slot in SLOTS]
-    rows += [("extras", name, _own(table), "") for name, table in tables.get("extras", {}).items()]
+    extras = tables.get("extras", {})
+    rows += [("extras", name, _own(extras[name]), said.get(name, UNKNOWN)) for name in extras]
     return Section("Parts", ("slot", "part", "settings", "what it does"), rows)
 
 
@@ -121,7 +127,7 @@ def _sparsity(result: Result) -> Section:
     rows = [
         ("target sparsity", f"{sparsity['target']:g} of the prunable weights are zero at the end"),
         ("allocation rule", sparsity["allocation"]),
-        ("prunable", f"{', '.join(sparsity['prunable'])} (`sparsity.prunable`)"),
+        ("prunable", ", ".join(PRUNABLE.get(rule, f"what {rule!r} matches") for rule in sparsity["prunable"])),
         (
             "prunable weights",
             f"{weights:,} in {len(shapes)} tensors, of {total:,} parameters" if shapes and total else UNKNOWN,
@@ -226,7 +232,7 @@ def _costs(result: Result) -> Section:
         ("the paper's formula", formula),
         ("training FLOPs", f"{flops}, all clients and rounds" if flops != UNKNOWN else UNKNOWN),
     ]
-    note = f"Bytes: {_convention('ledger/accounts.py')}\n\nFLOPs: {_convention('ledger/flops.py')}"
+    note = f"{_convention('ledger/accounts.py')}\n\nFLOPs: {_convention('ledger/flops.py')}"
     return _facts("Costs", rows, note)
 
 
@@ -234,7 +240,8 @@ def _convention(module: str) -> str:
     """All but the first line of a module's docstring, without importing it, in which torch would follow."""
     tree = ast.parse((Path(__file__).parent / module).read_text(encoding="utf-8"))
     doc = (ast.get_docstring(tree) or "").partition("\n")[2].strip()
-    return "\n".join(line.removeprefix("Convention: ") for line in doc.splitlines())
+    # lines join up to paragraphs and list items, which are laid out again where they are shown
+    return re.sub(r"(?<!\n)\n(?!\n|\* )\s*", " ", doc).removeprefix("Convention: ")
 
 
 def _accuracy(result: Result) -> Section:
@@ -252,7 +259,7 @@ def _accuracy(result: Result) -> Section:
     ]
     note = (
         "The best round is chosen by accuracy on the test set itself, so that its figures are optimistic; "
-        f"the test set is evaluated every {result.config['output']['evaluate_every']} rounds."
+        f"output.evaluate_every is {result.config['output']['evaluate_every']}."
     )
     return Section("Accuracy", ("", "final", "best"), rows, note)
 

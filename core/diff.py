@@ -45,7 +45,7 @@ def _settings(a: Result, b: Result) -> Section:
                 for side, source in zip((mine, theirs), sources, strict=True)
             ]
             rows.append((path, values[0], values[1], came[0], came[1]))
-    return Section("Settings", ("setting", "A", "B", "A's from", "B's from"), rows)
+    return Section("Settings", ("setting", "A", "B", "A from", "B from"), rows)
 
 
 def _conditions(a: Result, b: Result) -> Section:
@@ -105,4 +105,4 @@ def _unequal(a: Mapping[str, str], b: Mapping[str, str]) -> list[tuple[str, str,
 
 def _number(value: Any) -> str:
     """All digits: two values that differ must not look equal."""
-    return f"{value:,}" if isinstance(value, int) else repr(value)
+    return f"{value:,.0f}" if float(value).is_integer() else repr(value)

@@ -10,7 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import task
 from .config import Layer
 from .errors import RunError
+from .layout import Layout
 from .packing import load_csr, load_packed, save_csr, save_packed
 from .resolve import resolve
 from .results import Result
@@ -60,6 +61,7 @@ class Latency:
 class Exported:
     """What was written, how large it is in bytes, what was checked and measured, and what was left out."""
 
+    folder: Path
     files: dict[str, Path] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     checks: dict[str, str] = field(default_factory=dict)
@@ -93,12 +95,37 @@ def export(folder: str | Path, formats: Sequence[str] = (), out: str | Path | No
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot write to {target}: {error}") from None
-    done = Exported(sizes={"dense": (run.path / "model.safetensors").stat().st_size})
-    done.sizes["dense, zipped"] = _zipped(run.path / "model.safetensors")
+    done = Exported(target)
+    try:
+        contenders = _write(run, model, mask, net, wanted, bool(formats), done)
+    except BaseException:  # nothing half-written stays
+        for file in target.iterdir():
+            file.unlink()
+        raise
+    if net is not None:
+        done.latencies = _latencies({"PyTorch, dense": net.forward, **contenders}, net.samples)
+    return done
+
+
+def _write(
+    run: Result,
+    model: dict[str, Tensor],
+    mask: Mapping[str, Tensor],
+    net: _Net | None,
+    wanted: Sequence[str],
+    asked: bool,
+    done: Exported,
+) -> dict[str, Callable[[Tensor], Any]]:
+    """Writes and checks the files and fills `done`; what else computes logits, by name.
+
+    A format that is impossible is an error only if it was asked for.
+    """
     contenders: dict[str, Callable[[Tensor], Any]] = {}
+    original = run.path / "model.safetensors"
+    done.sizes |= {"dense": original.stat().st_size, "dense, zipped": _zipped(original)}
     for name in wanted:
+        path = done.folder / ("model.onnx" if name == "onnx" else f"model.{name}.safetensors")
         try:
-            path = target / ("model.onnx" if name == "onnx" else f"model.{name}.safetensors")
             if name == "packed":
                 _pack(path, model, mask, done)
             elif name == "csr" and net is not None:
@@ -106,16 +133,14 @@ def export(folder: str | Path, formats: Sequence[str] = (), out: str | Path | No
             elif net is not None:
                 contenders |= _to_onnx(path, net, done)
         except Impossible as reason:
-            if formats:
+            if asked:
                 raise
             done.notes.append(str(reason))
             continue
         done.files[name], done.sizes[name] = path, path.stat().st_size
-    if "packed" in done.files:
-        done.sizes["packed, zipped"] = _zipped(done.files["packed"])
-    if net is not None:
-        done.latencies = _latencies({"PyTorch, dense": net.forward, **contenders}, net.samples)
-    return done
+        if name == "packed":
+            done.sizes["packed, zipped"] = _zipped(path)
+    return contenders
 
 
 def _read(run: Result, name: str) -> dict[str, Tensor]:
@@ -130,35 +155,40 @@ def _read(run: Result, name: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Net:
-    """The model on the CPU in evaluation mode, with normalised test samples."""
+    """The model on the CPU in evaluation mode, with normalised test samples.
+
+    It lies in memory as it is fastest in a run: channels last, where it convolves.
+    """
 
     module: nn.Module
     samples: Tensor
+    layout: Layout
 
     @classmethod
     def rebuilt(cls, run: Result, tensors: Mapping[str, Tensor]) -> _Net:
         """As a run builds it, with trained weights. Raises RunError if they are not this model's."""
-        here = Layer("fedsparse export", {"execution": {"device": "cpu", "channels_last": "off"}})
+        here = Layer("fedsparse export", {"execution": {"device": "cpu", "channels_last": "auto"}})
         built = task.build(resolve(configs=[str(run.path / "config.toml")], layers=[here]).config)
         module = built.model.eval()
         own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         wrong = sorted(own.keys() ^ tensors.keys())
-        wrong += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+        both = sorted(own.keys() & tensors.keys())
+        wrong += [name for name in both if own[name].shape != tensors[name].shape]
+        wrong += [name for name in both if own[name].dtype != tensors[name].dtype]
         if wrong:
             raise RunError(
                 f"{run.path}: model.safetensors does not hold the model that config.toml describes; they "
                 f"differ in {', '.join(wrong[:5])}"
             )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+        for name, tensor in own.items():
+            tensor.data = built.layout.arrange(tensors[name])
         inputs, _ = next(built.test_batches(CHECKED))
-        return cls(module, inputs)
+        return cls(module, inputs.contiguous(), built.layout)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits (b, classes)."""
         with torch.inference_mode():
-            return cast(Tensor, self.module(inputs))
+            return cast(Tensor, self.module(self.layout.arrange(inputs)))
 
 
 def _pack(path: Path, model: dict[str, Tensor], mask: Mapping[str, Tensor], done: Exported) -> None:
@@ -185,21 +215,17 @@ def _csr(
     done.checks["csr"] = (
         f"read back, equal bit for bit; {len(stored)} of {len(layers)} masked linear layers as CSR"
     )
-    twin = copy.deepcopy(net.module)
+    twin = replace(net, module=copy.deepcopy(net.module))
     for name in stored:
         parent, _, child = layers[name].rpartition(".")
-        setattr(twin.get_submodule(parent), child, _CsrLinear(cast(nn.Linear, twin.get_submodule(layers[name]))))
-
-    def forward(inputs: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return cast(Tensor, twin(inputs))
-
+        linear = cast(nn.Linear, twin.module.get_submodule(layers[name]))
+        setattr(twin.module.get_submodule(parent), child, _CsrLinear(linear))
     expected = net.forward(net.samples)
-    off = _difference(expected, forward(net.samples))
+    off = _difference(expected, twin.forward(net.samples))
     if off > _allowed(expected):
         done.notes.append(f"torch.sparse_csr left out of the latency: its logits are {off:.1e} off")
         return {}
-    return {"PyTorch, linear layers as sparse_csr": forward}
+    return {"PyTorch, linear layers as sparse_csr": twin.forward}
 
 
 class _CsrLinear(nn.Module):
@@ -235,7 +261,7 @@ def _to_onnx(path: Path, net: _Net, done: Exported) -> dict[str, Callable[[Tenso
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that this exporter is the older one, and tracing's advice
             torch.onnx.export(
-                net.module,
+                copy.deepcopy(net.module).to(memory_format=torch.contiguous_format),
                 (two,),
                 path,
                 dynamo=False,

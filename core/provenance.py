@@ -57,6 +57,7 @@ def about(resolved: Resolved) -> dict[str, Any]:
 
     method = resolved.method
     parts = {slot: part.summary() for slot in SLOTS if (part := method.part(slot)) is not None}
+    parts |= {type(part).__name__: part.summary() for part in method.extras}
     counting = [part for part in method.parts() if "paper_bytes" in type(part).hooks()]
     formula = " ".join((paper_bytes.__doc__ or "").split())
     if counting:
