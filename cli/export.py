@@ -18,14 +18,15 @@ def show_export(run: Path, formats: tuple[str, ...], out: Path | None) -> None:
 
 def _files(done: Exported) -> Section:
     rows = [(name, path.name, done.checks[name]) for name, path in done.files.items()]
-    return Section("Files", ("format", "file", "checked"), rows, "\n".join(f"Left out: {n}" for n in done.notes))
+    return Section(
+        "Files", ("format", "file", "checked"), rows, "\n".join(f"Left out: {n}" for n in done.notes)
+    )
 
 
 def _sizes(done: Exported) -> Section:
     dense = done.sizes["dense"]
     rows = [
-        (name, f"{size:,}", f"{size / 1e6:,.3f}", f"{dense / size:.2f}")
-        for name, size in done.sizes.items()
+        (name, f"{size:,}", f"{size / 1e6:,.3f}", f"{dense / size:.2f}") for name, size in done.sizes.items()
     ]
     return Section("Sizes", ("", "bytes", "MB", "dense / this"), rows, "Zipped: deflate, by zipfile.")
 

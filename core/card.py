@@ -127,7 +127,10 @@ def _sparsity(result: Result) -> Section:
     rows = [
         ("target sparsity", f"{sparsity['target']:g} of the prunable weights are zero at the end"),
         ("allocation rule", sparsity["allocation"]),
-        ("prunable", ", ".join(PRUNABLE.get(rule, f"what {rule!r} matches") for rule in sparsity["prunable"])),
+        (
+            "prunable",
+            ", ".join(PRUNABLE.get(rule, f"what {rule!r} matches") for rule in sparsity["prunable"]),
+        ),
         (
             "prunable weights",
             f"{weights:,} in {len(shapes)} tensors, of {total:,} parameters" if shapes and total else UNKNOWN,

@@ -146,7 +146,9 @@ def _write(
 def _read(run: Result, name: str) -> dict[str, Tensor]:
     path = run.path / name
     if not path.is_file():
-        raise RunError(f"{run.path} has no {name}: its run did not end. `fedsparse resume {run.path}` goes on")
+        raise RunError(
+            f"{run.path} has no {name}: its run did not end. `fedsparse resume {run.path}` goes on"
+        )
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -194,7 +196,9 @@ class _Net:
 def _pack(path: Path, model: dict[str, Tensor], mask: Mapping[str, Tensor], done: Exported) -> None:
     packed = save_packed(path, model, mask)
     _same(model, load_packed(path), path)
-    done.checks["packed"] = f"read back, equal bit for bit; {len(packed)} of {len(mask)} masked tensors packed"
+    done.checks["packed"] = (
+        f"read back, equal bit for bit; {len(packed)} of {len(mask)} masked tensors packed"
+    )
 
 
 def _csr(
@@ -290,7 +294,9 @@ def _to_onnx(path: Path, net: _Net, done: Exported) -> dict[str, Callable[[Tenso
     off, allowed = _difference(expected, logits), _allowed(expected)
     if not off <= allowed:
         path.unlink()
-        raise RunError(f"onnx: logits are {off:.1e} off PyTorch's, where {allowed:.1e} is allowed; not written")
+        raise RunError(
+            f"onnx: logits are {off:.1e} off PyTorch's, where {allowed:.1e} is allowed; not written"
+        )
     same = int((expected.argmax(1) == logits.argmax(1)).sum())
     done.checks["onnx"] = (
         f"logits of {len(logits)} test samples at most {off:.1e} off PyTorch's (allowed: {allowed:.1e}, float32 "

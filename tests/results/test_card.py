@@ -63,7 +63,12 @@ def test_a_resumed_run_keeps_them_too(tmp_path, cli):
 
 def test_sources_survive_any_value_and_any_file_name():
     tree = {"a": {"x # y": 'he said " # no', "list": [1, 2], "b.c": {"d": "# 1"}}, "seed": 1}
-    notes = {"a.x # y": "config odd\nname # 2.toml", "a.list": "default", "a.b.c.d": "--set", "seed": "--seed"}
+    notes = {
+        "a.x # y": "config odd\nname # 2.toml",
+        "a.list": "default",
+        "a.b.c.d": "--set",
+        "seed": "--seed",
+    }
     text = to_toml(tree, notes)
     assert tomllib.loads(text) == tree
     assert written_sources(text) == {**notes, "a.x # y": "config odd name # 2.toml"}
