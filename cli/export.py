@@ -38,7 +38,8 @@ def _latencies(done: Exported) -> list[Section]:
     ]
     note = (
         "A forward pass on this CPU, one thread: medians over repeats in which all take turns; the ratio is "
-        "the median of the repeats' ratios. PyTorch computes convolutions channels last. Other machines, models and batches differ."
+        "the median of the repeats' ratios. PyTorch computes convolutions channels "
+        "last. Other machines, models and batches differ."
     )
     headings = ("", "batch", "ms", "dense / this", "repeats")
     return [Section("Latency", headings, rows, note)] if rows else []

@@ -161,7 +161,7 @@ def _mask(result: Result) -> list[tuple[tuple[str, tuple[int, ...]], int, int]]:
     found = []
     try:
         with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118: it is no mapping
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
                 entries = file.get_tensor(name)
                 found.append(((name, entries.shape), entries.size, int(np.count_nonzero(entries))))
     except (OSError, SafetensorError) as error:

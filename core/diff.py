@@ -63,7 +63,7 @@ def _conditions(a: Result, b: Result) -> Section:
 
 def _figures(a: Result, b: Result) -> Section:
     def figures(result: Result) -> dict[str, str]:
-        rows = {}
+        rows: dict[str, str] = {}
         for kind in ("final", "best"):
             found: Mapping[str, Any] = result.summary.get(kind, {})
             rows |= {
@@ -76,7 +76,7 @@ def _figures(a: Result, b: Result) -> Section:
 
 def _course(a: Result, b: Result) -> Section:
     """Where the runs part, and whether they end in the same weights."""
-    rows = []
+    rows: list[tuple[str, str]] = []
     untimed = [[{**line, "seconds": 0} for line in result.rounds] for result in (a, b)]
     pairs = zip(*untimed, strict=False)
     parted = next((number for number, (mine, theirs) in enumerate(pairs) if mine != theirs), None)

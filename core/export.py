@@ -69,8 +69,8 @@ class Exported:
     notes: list[str] = field(default_factory=list)
 
 
-class Impossible(RunError):  # noqa: N818: a reason, which is an error only if the format was asked for
-    """A format that this model or this installation cannot have."""
+class ImpossibleError(RunError):
+    """A format that this model or this installation cannot have; an error only if it was asked for."""
 
 
 def export(folder: str | Path, formats: Sequence[str] = (), out: str | Path | None = None) -> Exported:
@@ -132,7 +132,7 @@ def _write(
                 contenders |= _csr(path, model, mask, net, done)
             elif net is not None:
                 contenders |= _to_onnx(path, net, done)
-        except Impossible as reason:
+        except ImpossibleError as reason:
             if asked:
                 raise
             done.notes.append(str(reason))
@@ -146,9 +146,7 @@ def _write(
 def _read(run: Result, name: str) -> dict[str, Tensor]:
     path = run.path / name
     if not path.is_file():
-        raise RunError(
-            f"{run.path} has no {name}: its run did not end. `fedsparse resume {run.path}` goes on"
-        )
+        raise RunError(f"{run.path} has no {name}: its run did not end; go on by `fedsparse resume`")
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -210,11 +208,13 @@ def _csr(
         if type(module) is nn.Linear and f"{layer}.weight" in mask
     }
     if not layers:
-        raise Impossible("csr: the model has no linear layer that is masked")
+        raise ImpossibleError("csr: the model has no linear layer that is masked")
     stored = save_csr(path, model, layers)
     if not stored:
         path.unlink()
-        raise Impossible("csr: no linear layer is sparse enough to be shorter as CSR (density under a half)")
+        raise ImpossibleError(
+            "csr: no linear layer is sparse enough to be shorter as CSR (density under a half)"
+        )
     _same(model, load_csr(path), path)
     done.checks["csr"] = (
         f"read back, equal bit for bit; {len(stored)} of {len(layers)} masked linear layers as CSR"
@@ -254,7 +254,9 @@ def _onnx() -> tuple[Any, Any]:
         import onnx
         import onnxruntime
     except ImportError as error:
-        raise Impossible(f"onnx: {error.name} is not installed: pip install 'fedsparse[export]'") from None
+        raise ImpossibleError(
+            f"onnx: {error.name} is not installed: pip install 'fedsparse[export]'"
+        ) from None
     return onnx, onnxruntime
 
 
@@ -285,12 +287,14 @@ def _to_onnx(path: Path, net: _Net, done: Exported) -> dict[str, Callable[[Tenso
 
         expected = net.forward(net.samples)
         # one sample, then batches of another size: the batch dimension is free
-        pieces = [net.samples[:1], *net.samples[1:].split(BATCHES[-1])]
+        pieces = [net.samples[:1], *torch.split(net.samples[1:], BATCHES[-1])]
         logits = torch.cat([torch.from_numpy(forward(piece)) for piece in pieces if len(piece)])
     except Exception as error:  # whatever tracing, the checker or the runtime make of a model
         path.unlink(missing_ok=True)
         reason = " ".join(str(error).split())[:300]
-        raise Impossible(f"onnx: this model cannot be exported: {type(error).__name__}: {reason}") from error
+        raise ImpossibleError(
+            f"onnx: this model cannot be exported: {type(error).__name__}: {reason}"
+        ) from error
     off, allowed = _difference(expected, logits), _allowed(expected)
     if not off <= allowed:
         path.unlink()
@@ -299,8 +303,8 @@ def _to_onnx(path: Path, net: _Net, done: Exported) -> dict[str, Callable[[Tenso
         )
     same = int((expected.argmax(1) == logits.argmax(1)).sum())
     done.checks["onnx"] = (
-        f"logits of {len(logits)} test samples at most {off:.1e} off PyTorch's (allowed: {allowed:.1e}, float32 "
-        f"sums in another order), the same class for {same} of them; any batch size"
+        f"logits of {len(logits)} test samples at most {off:.1e} off PyTorch's (allowed: {allowed:.1e}, "
+        f"float32 sums in another order), the same class for {same} of them; any batch size"
     )
     return {"onnxruntime": forward}
 

@@ -129,7 +129,9 @@ def _save(
     sparse: Iterable[str],
     pieces: Callable[[Tensor], Params],
 ) -> list[str]:
-    chosen, stored, shapes = set(sparse), {}, {}
+    chosen = set(sparse)
+    stored: Params = {}
+    shapes: dict[str, list[int]] = {}
     for name, tensor in model.items():
         own = pieces(tensor) if name in chosen else {}
         if own and sum(piece.nbytes for piece in own.values()) < tensor.nbytes:
@@ -160,7 +162,7 @@ def _read(path: Path, kind: str, kinds: tuple[str, ...]) -> Stored:
             metadata = file.metadata() or {}
             if metadata.get("format") != f"fedsparse.{kind}":
                 raise RunError(f"{path} is no {kind} model: write one with `fedsparse export`")
-            pieces = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
+            pieces = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         if _digest(pieces, metadata.get("shapes", "")) != metadata.get("sha256"):
             raise _DamageError("its SHA-256 is not the one that was written")
         listed = json.loads(metadata["shapes"])

@@ -181,7 +181,8 @@ from torch import nn
 
 def make(classes):
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(8 * 36, classes)
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(),
+        nn.Linear(8 * 36, classes),
     )
 """
 
