@@ -12,7 +12,21 @@ import click
 from ..core.errors import ConfigError, FedsparseError
 from ..core.registry import describe
 from .compare import Asked, comparing
-from .options import CONFIG, COUNTS, PLUGIN, QUIET, SWAP, TRACK, WORK, WORKERS, Settings, settings
+from .options import (
+    CONFIG,
+    COUNTS,
+    FOLDER,
+    MARKDOWN,
+    PLUGIN,
+    QUIET,
+    RUN,
+    SWAP,
+    TRACK,
+    WORK,
+    WORKERS,
+    Settings,
+    settings,
+)
 
 if TYPE_CHECKING:
     from ..core.resolve import Resolved
@@ -65,6 +79,7 @@ def main() -> None:
     fedsparse resume runs/pffdst-digits-seed0              go on with an interrupted run
     fedsparse compare runs/*                               accuracy at equal bytes and FLOPs, cost of a target
     fedsparse report runs/* --out report                   the same with figures, as one HTML page
+    fedsparse card runs/pffdst-digits-seed0                what a reviewer asks about a run
     fedsparse plugins                                      what is installed
     fedsparse config show --plugin pffdst                  every setting and where it comes from
     """
@@ -165,6 +180,64 @@ def report(asked: Asked, out: Path) -> None:
     from .compare import write
 
     write(asked, out)
+
+
+@main.command()
+@RUN
+@MARKDOWN
+def card(run: Path, markdown: bool) -> None:
+    """What a reviewer asks about a run: method, sparsity, clients, bytes, FLOPs, versions, settings.
+
+    \b
+    fedsparse card runs/pffdst-digits-seed0
+    fedsparse card runs/pffdst-digits-seed0 --markdown > card.md
+    """
+    from .card import show_card
+
+    show_card(run, markdown)
+
+
+@main.command()
+@click.argument("first", type=FOLDER)
+@click.argument("second", type=FOLDER)
+@MARKDOWN
+def diff(first: Path, second: Path, markdown: bool) -> None:
+    """What differs between two runs: settings and their sources, versions, figures, weights.
+
+    \b
+    fedsparse diff runs/pffdst-digits-seed0 runs/pffdst-digits-seed1
+    """
+    from .card import show_diff
+
+    show_diff(first, second, markdown)
+
+
+@main.command()
+@RUN
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(["packed", "onnx", "csr"]),
+    help="packed: values and a bitmap; onnx: dense ONNX; csr: linear layers as CSR. Several; default: all.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the files, new or empty. Default: export/ in the run's folder.",
+)
+def export(run: Path, formats: tuple[str, ...], out: Path | None) -> None:
+    """Write a run's final model as packed safetensors, ONNX and CSR; sizes and CPU latency.
+
+    Every file is read back and held against the run's model. ONNX needs fedsparse[export].
+
+    \b
+    fedsparse export runs/pffdst-digits-seed0
+    fedsparse export runs/pffdst-digits-seed0 --format packed --out small
+    """
+    from .export import show_export
+
+    show_export(run, formats, out)
 
 
 @main.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -123,6 +124,9 @@ TRACK = click.option(
     type=click.Choice(["csv", "tensorboard", "wandb", "mlflow"]),
     help="Send each round's metrics there, too; several: repeat it.",
 )
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+RUN = click.argument("run", type=FOLDER)
+MARKDOWN = click.option("--markdown", is_flag=True, help="Print Markdown instead of tables.")
 QUIET = click.option("--quiet", "-q", is_flag=True, help="Print only the summary.")
 
 

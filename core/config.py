@@ -327,8 +327,13 @@ def to_toml(
         elif value is not None:
             note = (comments or {}).get(path)
             text = f"{_toml_key(key)} = {toml_value(value)}"
-            lines.append(f"{text:<40} # {note}" if note else text)
+            lines.append(f"{text:<40} # {_one_line(note)}" if note else text)
     return "".join(f"{line}\n" for line in lines) + "".join(tables)
+
+
+def _one_line(note: str) -> str:
+    """As a comment can hold it: a source may name a file, and a file's name may have a line feed."""
+    return "".join(c if c.isprintable() else " " for c in note)
 
 
 def toml_value(value: Any) -> str:

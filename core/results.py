@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import RunError
+from .provenance import written_sources
 
 if TYPE_CHECKING:
     import pandas
@@ -50,6 +51,14 @@ class Result:
         ]:
             raise RunError(f"{path / 'metrics.jsonl'} is damaged: its lines are not the rounds from 0 on")
         return cls(path, config, summary, rounds)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Where each setting came from, by dotted path; empty if its `config.toml` does not say."""
+        try:
+            return written_sources((self.path / "config.toml").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"cannot read {self.path / 'config.toml'}: {error}") from None
 
     @property
     def finished(self) -> bool:

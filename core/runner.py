@@ -64,6 +64,7 @@ def run(
         engine.loss.weights(state.params, state.mask),
         device=engine.task.device,
         workers=engine.workers.size,
+        clients=engine.task.partition.clients,
         wall_seconds=time.perf_counter() - started,
         interrupted=interrupted and state.round < resolved.config.federation.rounds,
     )

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from .errors import RunError
+from .provenance import about
 from .resolve import Resolved
 from .state import Params, ServerState
 
@@ -61,7 +62,7 @@ class RunFolder:
             self.path = path
             # "x": two runs that start together cannot share a folder
             with (path / "config.toml").open("x", encoding="utf-8") as file:
-                file.write(resolved.toml())
+                file.write(resolved.toml(provenance=True))
             self._hold()
             self._metrics = (path / "metrics.jsonl").open("x", encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -113,10 +114,14 @@ class RunFolder:
         *,
         device: torch.device,
         workers: int,
+        clients: int,
         wall_seconds: float,
         interrupted: bool = False,
     ) -> dict[str, Any]:
-        """Writes model, mask and `summary.json`; returns the summary. `weights` are what the layers use."""
+        """Writes model, mask and `summary.json`; returns the summary.
+
+        `weights` are what the layers use, `clients` those of the pool that hold data.
+        """
         self._metrics.close()
         self._held.close()
         tensors = {**weights, **state.buffers}
@@ -132,13 +137,16 @@ class RunFolder:
             "seed": self.resolved.config.seed,
             "method": self.resolved.method.name,
             "swaps": dict(self.resolved.swaps),
+            **about(self.resolved),
             "interrupted": interrupted,
             "rounds": self.last.get("round", -1) + 1,
             "versions": versions(),
             "device": str(device),
             "workers": workers,
+            "clients": clients,
             "wall_seconds": round(wall_seconds, 2),
             "parameters": sum(p.numel() for p in state.params.values()),
+            "buffers": sum(b.numel() for b in state.buffers.values()),
             "nonzero": sum(int(w.count_nonzero()) for w in weights.values()),
         }
         (self.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
