@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,6 +64,7 @@ def main() -> None:
     fedsparse run --plugin pffdst --workers 2              two processes share each round's clients
     fedsparse resume runs/pffdst-digits-seed0              go on with an interrupted run
     fedsparse plugins                                      what is installed
+    fedsparse new-plugin my_method                         a package for a method of your own
     fedsparse config show --plugin pffdst                  every setting and where it comes from
     """
 
@@ -119,6 +121,32 @@ def train(resolved: Resolved, out: Path | None, workers: int, quiet: bool, resum
         sys.exit(INTERRUPTED)
 
 
+@main.command("new-plugin")
+@click.argument("name")
+@click.option(
+    "--in",
+    "parent",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path(),
+    help="Folder to write the package's folder into. Default: this one.",
+)
+def new_plugin(name: str, parent: Path) -> None:
+    """Write an installable package with a small method that works: module, entry point, tests, README.
+
+    \b
+    fedsparse new-plugin my_method
+    pip install -e fedsparse-my-method
+    fedsparse plugins check my_method
+    """
+    from .new_plugin import new_plugin as written
+
+    folder = written(name, parent)
+    module = folder / "src" / f"fedsparse_{name}" / "__init__.py"
+    click.echo(f"Wrote {folder}; the method is {module}. Next:")
+    click.echo(f"  pip install -e {shlex.quote(str(folder))}\n  fedsparse plugins check {name}")
+    click.echo(f"  fedsparse run --plugin {name}")
+
+
 @main.command()
 @click.argument("works", nargs=-1, type=WORK)
 @click.option(
@@ -172,6 +200,26 @@ def plugins_show(plugin: str) -> None:
     from .describe import show_plugin
 
     show_plugin(plugin)
+
+
+@plugins.command("check")
+@click.argument("plugin", type=PLUGIN)
+@click.option(
+    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change one setting of the checks' tiny runs."
+)
+def plugins_check(plugin: str, sets: tuple[str, ...]) -> None:
+    """Hold a plugin against every contract of the engine; the exit status is 1 if one is broken.
+
+    The runs are tiny: 16 rounds of a small network on generated data, with periods of 2 rounds.
+
+    \b
+    fedsparse plugins check feddst
+    fedsparse plugins check ./mine.py --set method.readjust.period=3
+    """
+    from .check import show_checks
+
+    if not show_checks(plugin, sets):
+        sys.exit(1)
 
 
 @main.group()

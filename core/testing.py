@@ -102,7 +102,7 @@ class Contract:
 def check(plugin: str | Method, *, settings: Mapping[str, Any] | None = None) -> list[Check]:
     """Runs `checks` and returns every outcome.
 
-    Raises ConfigError only if the plugin cannot be loaded.
+    Raises ConfigError only if the plugin cannot be loaded or `settings` are wrong.
     """
     return [contract.result() for contract in checks(plugin, settings=settings)]
 
@@ -113,7 +113,7 @@ def checks(plugin: str | Method, *, settings: Mapping[str, Any] | None = None) -
     They play short runs of a tiny task on one CPU thread: fields named `period` are shortened to 2 rounds.
     `settings` change that by dotted path, `{"method.readjust.period": 3}`, or as tables. A plugin without a
     METHOD is checked part by part, each in its slot of FedAvg. Raises ConfigError if the plugin cannot be
-    loaded.
+    loaded, or if `settings` are wrong.
     """
     registry = Registry()
     name, found = _found(plugin, registry)
@@ -131,6 +131,7 @@ def checks(plugin: str | Method, *, settings: Mapping[str, Any] | None = None) -
             for contract, play in BATTERY.items()
         ]
     subject = Subject(registry, name, (), given)
+    subject.refuse_wrong_settings()
     battery = [Contract(contract, partial(play, subject)) for contract, play in BATTERY.items()]
     default = registry.load(DEFAULT_PLUGIN).method
     own = [slot for slot in SLOTS if (part := found.method.part(slot)) and part != _part(default, slot)]
@@ -158,6 +159,14 @@ class Subject:
         }
         made = self.resolved(short, changes)
         return Engine(made, task.build(made.config))
+
+    def refuse_wrong_settings(self) -> None:
+        """Raises ConfigError for settings; parts that do not go together are a check's business."""
+        try:
+            self.resolved({}, {})
+        except ConfigError as error:
+            if any(problem.path for problem in error.problems):
+                raise
 
     def resolved(self, short: Mapping[str, Any], changes: Mapping[str, Any]) -> Resolved:
         """Later wins: the tiny task, shorter periods, the author's settings, what the check needs."""
@@ -221,8 +230,8 @@ def called(subject: Subject) -> str:
     idle = [str(hook.where) for name, hook in engine.hooks.found.items() if name not in watch.called]
     if idle:
         raise BrokenError(
-            f"never called in {engine.config.federation.rounds} rounds: {'; '.join(idle)}. Give settings that "
-            "bring it about (a shorter period, more rounds: federation.rounds), or remove the hook"
+            f"never called in {engine.config.federation.rounds} rounds: {'; '.join(idle)}. Give settings "
+            "that bring it about (a shorter period, more rounds: federation.rounds), or remove the hook"
         )
     return f"{len(watch.called)} hooks"
 
@@ -245,13 +254,13 @@ def repeats(subject: Subject) -> str:
 
 def resumes(subject: Subject) -> str:
     """A run that goes on from a file ends as one that was not interrupted."""
-    whole = subject.run()
     first, second = subject.engine(), subject.engine()
-    rounds = first.rounds(first.start())
-    half = [next(rounds) for _ in range(max(1, len(whole) // 2))][-1].state
+    reports = first.rounds(first.start())
+    half = [next(reports) for _ in range(max(1, first.config.federation.rounds // 2))][-1].state
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(Path(folder) / "checkpoint", half, first.ledger.state())
         state, ledger = checkpoint.load(Path(folder) / "checkpoint")
+    whole = subject.run()  # in between: what a plugin keeps elsewhere is then of another round
     second.ledger.load_state(ledger)
     rest = list(second.rounds(state))
     advice = "keep in `memory` all that a part remembers, and nothing on the part or in its module"
@@ -386,11 +395,10 @@ BATTERY: dict[str, Callable[[Subject], str]] = {
 
 def swaps(subject: Subject, slot: str) -> str:
     """The part alone in the default method runs, or is refused with a reason."""
-    part_settings = {"method": {slot: subject.settings.get("method", {}).get(slot, {})}}
     settings = {name: table for name, table in subject.settings.items() if name != "method"}
-    swapped = Subject(
-        subject.registry, DEFAULT_PLUGIN, (f"{slot}={subject.plugin}",), {**settings, **part_settings}
-    )
+    if own := subject.settings.get("method", {}).get(slot):
+        settings["method"] = {slot: own}
+    swapped = Subject(subject.registry, DEFAULT_PLUGIN, (f"{slot}={subject.plugin}",), settings)
     try:
         engine = swapped.engine(federation__rounds=SWAP_ROUNDS)
     except ConfigError as error:
