@@ -51,6 +51,7 @@ def test_every_module_is_in_the_wheel_and_imports(installed):
     assert presets == {
         str(p.relative_to(installed / "fedsparse")) for p in (installed / "fedsparse").rglob("*.toml")
     }
+    assert (installed / "fedsparse" / "py.typed").exists()
     modules = sorted(
         "fedsparse." + n.removesuffix(".py").replace("/", ".") for n in expected - {"__init__.py"}
     )

@@ -110,12 +110,19 @@ def test_the_example_passes_the_check_of_the_command_line(example):
 
 
 @pytest.mark.parametrize("package", ["example", "generated"])
-def test_it_is_formatted_linted_and_typed(package, request, tmp_path):
+def test_it_is_formatted_and_linted(package, request):
     site, source = request.getfixturevalue(package)
     site.run(sys.executable, "-m", "ruff", "format", "--check", "--no-cache", source)
     site.run(sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "E,F,W,I,UP,B,N", source)
-    checked = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir", tmp_path]
-    site.run(*checked, "--ignore-missing-imports", source / "src", source / "tests")
+
+
+@pytest.mark.slow
+def test_both_are_typed(example, generated, tmp_path):
+    (tmp_path / "fedsparse").symlink_to(Path(fedsparse.__file__).parent)
+    files = [source / folder for _, source in (example, generated) for folder in ("src", "tests")]
+    example[0].environment["MYPYPATH"] = os.pathsep.join([str(tmp_path), str(files[0])])
+    strict = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent"]
+    example[0].run(*strict, "--cache-dir", tmp_path / "cache", *files)
 
 
 @pytest.mark.parametrize("package", ["example", "generated"])
