@@ -57,8 +57,8 @@ class $part(Part):
     grows: ClassVar[bool] = True  # new weights start at 0
     site: ClassVar[str] = "server:end"  # after aggregation; also "server:start", "client"
 
-    ratio: float = Field(0.2, ge=0, le=1, description="fraction of the active weights that is replaced")
-    period: int = Field(10, ge=1, description="rounds between readjustments")
+    ratio: float = Field(default=0.2, ge=0, le=1, description="fraction of the active weights replaced")
+    period: int = Field(default=10, ge=1, description="rounds between readjustments")
 
     @hookimpl
     def due(self, clock: Clock) -> bool:

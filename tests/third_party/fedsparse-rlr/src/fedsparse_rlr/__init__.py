@@ -18,7 +18,7 @@ from torch import Tensor
 class RobustMean(Part):
     """The sample-weighted mean, its step reversed where too few clients agree on the direction."""
 
-    threshold: float = Field(0.4, ge=0, le=1, description="θ: votes needed, as a fraction of the clients")
+    threshold: float = Field(default=0.4, ge=0, le=1, description="θ: votes needed, as a fraction of all")
 
     @hookimpl
     def contribute(self, params: Params, mask: Masks, anchor: Params, weight: Tensor, moved: bool) -> Sums:
