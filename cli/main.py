@@ -208,9 +208,10 @@ def plugins_show(plugin: str) -> None:
     "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change one setting of the checks' tiny runs."
 )
 def plugins_check(plugin: str, sets: tuple[str, ...]) -> None:
-    """Hold a plugin against every contract of the engine; the exit status is 1 if one is broken.
+    """Hold a plugin against every contract.
 
-    The runs are tiny: 16 rounds of a small network on generated data, with periods of 2 rounds.
+    Prints a line a check; the exit status is 1 if one fails. The runs are tiny: 16 rounds of a small network
+    on generated data, with periods of 2 rounds.
 
     \b
     fedsparse plugins check feddst

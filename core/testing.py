@@ -119,15 +119,14 @@ def checks(plugin: str | Method, *, settings: Mapping[str, Any] | None = None) -
     name, found = _found(plugin, registry)
     given = _tree(settings or {})
     if found.method is None:
-        uses = {f"{cls.slot()}={name}:{part}": cls for part, cls in found.parts.items()}
-        subjects = {
-            f" [{use}]": Subject(registry, DEFAULT_PLUGIN, (use,), given)
-            for use, cls in uses.items()
-            if cls.slot() in SLOTS
-        }
+        uses = [f"{cls.slot()}={name}:{part}" for part, cls in found.parts.items() if cls.slot() in SLOTS]
+        if not uses:
+            raise ConfigError(
+                f"plugin {name!r} has neither METHOD nor a part of a slot: nothing can be checked"
+            )
         return [
-            Contract(f"{contract}{label}", partial(play, subject))
-            for label, subject in subjects.items()
+            Contract(f"{contract} [{use}]", partial(play, Subject(registry, DEFAULT_PLUGIN, (use,), given)))
+            for use in uses
             for contract, play in BATTERY.items()
         ]
     subject = Subject(registry, name, (), given)

@@ -211,6 +211,16 @@ def test_the_command_prints_a_line_a_check_and_fails_if_one_does(tmp_path):
     assert "as in 'contracts hold" in result.stdout
 
 
+def test_a_file_without_a_part_of_a_slot_has_nothing_to_check(tmp_path):
+    path = tmp_path / "extra.py"
+    path.write_text(
+        "from fedsparse import Part, hookimpl\n"
+        "class Near(Part):\n    @hookimpl\n    def penalty(self, params):\n        return 0\n"
+    )
+    with pytest.raises(ConfigError, match="neither METHOD nor a part of a slot"):
+        checks(str(path))
+
+
 def test_the_command_of_a_sound_plugin_succeeds():
     result = CliRunner().invoke(main, ["plugins", "check", "random", "--set", "federation.rounds=4"])
     assert result.exit_code == 0, result.output
