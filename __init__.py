@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import Field
 
+    from . import testing
     from .core import masks, optim, rng, schedule
     from .core.api import run
     from .core.budget import Budget, Layer
@@ -44,6 +45,7 @@ _HOMES = {
     "optim": ".core",
     "rng": ".core",
     "schedule": ".core",
+    "testing": ".",
     "Budget": ".core.budget",
     "Layer": ".core.budget",
     "ConfigError": ".core.errors",
@@ -112,6 +114,7 @@ __all__ = [
     "rng",
     "run",
     "schedule",
+    "testing",
 ]
 
 
@@ -119,8 +122,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fedsparse' has no attribute {name!r}")
     home = _HOMES[name]
-    if home == ".core":
-        return import_module(f".core.{name}", __name__)
+    if home in (".", ".core"):
+        return import_module(f"{home.rstrip('.')}.{name}", __name__)
     return getattr(import_module(home, __name__ if home.startswith(".") else None), name)
 
 

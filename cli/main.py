@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,6 +82,7 @@ def main() -> None:
     fedsparse report runs/* --out report                   the same with figures, as one HTML page
     fedsparse card runs/pffdst-digits-seed0                what a reviewer asks about a run
     fedsparse plugins                                      what is installed
+    fedsparse new-plugin my_method                         a package for a method of your own
     fedsparse config show --plugin pffdst                  every setting and where it comes from
     """
 
@@ -141,6 +143,32 @@ def train(resolved: Resolved, out: Path | None, workers: int, quiet: bool, resum
         interrupted = watched_run(resolved, out, quiet, resume)
     if interrupted:
         sys.exit(INTERRUPTED)
+
+
+@main.command("new-plugin")
+@click.argument("name")
+@click.option(
+    "--in",
+    "parent",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path(),
+    help="Folder to write the package's folder into. Default: this one.",
+)
+def new_plugin(name: str, parent: Path) -> None:
+    """Write an installable package with a small method that works: module, entry point, tests, README.
+
+    \b
+    fedsparse new-plugin my_method
+    pip install -e fedsparse-my-method
+    fedsparse plugins check my_method
+    """
+    from .new_plugin import new_plugin as written
+
+    folder = written(name, parent)
+    module = folder / "src" / f"fedsparse_{name}" / "__init__.py"
+    click.echo(f"Wrote {folder}; the method is {module}. Next:")
+    click.echo(f"  pip install -e {shlex.quote(str(folder))}\n  fedsparse plugins check {name}")
+    click.echo(f"  fedsparse run --plugin {name}")
 
 
 @main.command()
@@ -293,6 +321,27 @@ def plugins_show(plugin: str) -> None:
     from .describe import show_plugin
 
     show_plugin(plugin)
+
+
+@plugins.command("check")
+@click.argument("plugin", type=PLUGIN)
+@click.option(
+    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change one setting of the checks' tiny runs."
+)
+def plugins_check(plugin: str, sets: tuple[str, ...]) -> None:
+    """Hold a plugin against every contract.
+
+    Prints a line a check; the exit status is 1 if one fails. The runs are tiny: 16 rounds of a small network
+    on generated data, with periods of 2 rounds.
+
+    \b
+    fedsparse plugins check feddst
+    fedsparse plugins check ./mine.py --set method.readjust.period=3
+    """
+    from .check import show_checks
+
+    if not show_checks(plugin, sets):
+        sys.exit(1)
 
 
 @main.group()

@@ -9,6 +9,8 @@ from fedsparse.core import task
 from fedsparse.core.engine import Engine
 from fedsparse.core.resolve import resolve
 
+collect_ignore = ["third_party"]  # a package whose tests run where it is installed
+
 TINY = {
     "task.dataset.use": "synthetic",
     "task.dataset.train": 240,

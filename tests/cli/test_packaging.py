@@ -43,13 +43,15 @@ def installed(tmp_path_factory):
 
 def test_every_module_is_in_the_wheel_and_imports(installed):
     folders = ("cli", "core", "plugins")
-    expected = {str(p.relative_to(ROOT)) for f in folders for p in (ROOT / f).rglob("*.py")} | {"__init__.py"}
+    expected = {str(p.relative_to(ROOT)) for f in folders for p in (ROOT / f).rglob("*.py")}
+    expected |= {"__init__.py", "testing.py"}
     packed = {str(p.relative_to(installed / "fedsparse")) for p in (installed / "fedsparse").rglob("*.py")}
     assert packed == expected
     presets = {str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.toml")}
     assert presets == {
         str(p.relative_to(installed / "fedsparse")) for p in (installed / "fedsparse").rglob("*.toml")
     }
+    assert (installed / "fedsparse" / "py.typed").exists()
     modules = sorted(
         "fedsparse." + n.removesuffix(".py").replace("/", ".") for n in expected - {"__init__.py"}
     )
