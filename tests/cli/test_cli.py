@@ -438,6 +438,7 @@ COMMANDS = [
     [],
     ["run"],
     ["resume"],
+    ["ablate"],
     ["bench"],
     ["plugins"],
     ["plugins", "show"],
