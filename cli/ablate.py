@@ -41,7 +41,7 @@ def ablate(plan: Plan, out: Path, count: int, quiet: bool) -> bool:
             return bool(workers.launch(count, watched, *arguments))
         return watched(*arguments)
 
-    outcome = ablation.carry_out(plan, out, play, lines.tell)
+    outcome = ablation.carry_out(plan, out, play, lines.tell, lambda: lines.begin(plan))
     if outcome.interrupted:
         done = len(lines.told) - len(outcome.failed)
         console.print(
@@ -59,9 +59,8 @@ def ablate(plan: Plan, out: Path, count: int, quiet: bool) -> bool:
         console.print(f"Results: {out}, the table in {out / CSV}", soft_wrap=True, markup=False)
     if outcome.failed:
         said = "".join(f"\n  {out / name}: {why}" for name, why in outcome.failed.items())
-        raise RunError(
-            f"{len(outcome.failed)} of {len(plan.trials)} runs failed; the same command tries them again:{said}"
-        )
+        number = f"{len(outcome.failed)} of {len(plan.trials)} runs"
+        raise RunError(f"{number} failed; the same command tries them again:{said}")
     return False
 
 
@@ -74,9 +73,12 @@ class _Lines:
         self.widths = [
             max(len(piece) for piece in column) for column in zip(*map(_pieces, plan.trials), strict=True)
         ]
+
+    def begin(self, plan: Plan) -> None:
+        """What is planned."""
         for name, why in plan.refused.items():
             self.say(f"left out  {name}: {why}")
-        if quiet:
+        if self.quiet:
             return
         points = f", {len(plan.points)} settings" if plan.grid else ""
         self.say(
@@ -129,13 +131,11 @@ def watched(resolved: Any, folder: Path, resume: bool, name: str) -> bool:
             def watch(report: Report) -> None:
                 bar.update(task, completed=report.metrics["round"] + 1)
 
-            summary = runner.run(
-                resolved,
-                folder,
-                watch=watch,
-                say=lambda text: console.print(text, markup=False),
-                resume=resume,
-            )
+            def say(text: str) -> None:
+                if me.rank == 0:
+                    console.print(text, markup=False)
+
+            summary = runner.run(resolved, folder, watch=watch, say=say, resume=resume)
         return bool(summary.get("interrupted"))  # workers other than the first have no summary
     finally:
         workers.leave()
@@ -149,7 +149,7 @@ def show(console: Console, plan: Plan, rows: Sequence[Row]) -> None:
         table.add_column(path.rpartition(".")[2], overflow="fold")
     for heading in ("seeds", *(_words(name) for name in rows[0].figures)):
         table.add_column(heading, justify="right")
-    table.add_column(f"{_words(plan.metric)} - {ablation.BASE}'s [95 %]", justify="right")
+    table.add_column("difference to base [95 %]", justify="right")
     for heading in ("MB up+down", "FLOPs", "seconds"):
         table.add_column(heading, justify="right")
     compared = len(plan.variants) > 1
@@ -170,8 +170,8 @@ def show(console: Console, plan: Plan, rows: Sequence[Row]) -> None:
     console.print(table)
     console.print(
         Text(
-            "Mean ± standard deviation over seeds. Differences are paired by seed, with Student's 95 % confidence "
-            "interval. MB, FLOPs and seconds are means a run."
+            f"Mean ± standard deviation over seeds. Differences of the {_words(plan.metric)} are paired by seed, "
+            "with Student's 95 % confidence interval. MB, FLOPs and seconds are means a run."
         )
     )
 

@@ -181,7 +181,7 @@ def ablate(
 
     \b
     fedsparse ablate --plugin pffdst --swap readjust=feddst --swap freeze_policy=fedavg --out results/swaps
-    fedsparse ablate --plugin pffdst --slots all --grid sparsity.target=0.8,0.9 --seeds 0,1 --out results/slots
+    fedsparse ablate --plugin pffdst --slots all --grid sparsity.target=0.8,0.9 --out results/slots
     """
     from ..core.ablation import plan
     from .ablate import ablate as played

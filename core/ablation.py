@@ -23,7 +23,7 @@ from .registry import Registry, describe
 from .results import Result
 
 if TYPE_CHECKING:
-    from .config import Layer
+    from .config import Layer, RunConfig
     from .resolve import Resolved
 
 try:
@@ -117,8 +117,9 @@ def plan(
 
     registry = registry or Registry()
     problems = _seed_problems(seeds, sets)
-    if metric not in SHOWN:
-        problems.append(Problem("", f"--metric: unknown figure {metric!r}. {nearest(metric, SHOWN)}"))
+    figures = [name for name in SHOWN if name != "round"]
+    if metric not in figures:
+        problems.append(Problem("", f"--metric: unknown figure {metric!r}. {nearest(metric, figures)}"))
     axes, variants = dict[str, list[Any]](), [Variant(BASE)]
     for text in grid:
         try:
@@ -154,9 +155,9 @@ def plan(
     base = found.get((BASE, 0))
     refused: dict[str, str] = {}
     for slot in slots if base else ():
-        path, default = f"method.{slot}", find_part(DEFAULT_PLUGIN, slot, registry)[0]
+        default = type(find_part(DEFAULT_PLUGIN, slot, registry)[1])
         same = [base, *(found.get((v.name, 0)) for v in variants if v.name.startswith(f"{slot}="))]
-        if any(run is not None and run.uses[path] == default for run in same):
+        if any(run is not None and type(run.method.part(slot)) is default for run in same):
             continue
         name = f"{slot}={DEFAULT_PLUGIN}"
         variant = Variant(name, parse_swap(name))
@@ -287,14 +288,16 @@ def _same(
     found: Mapping[tuple[str, int], Resolved],
 ) -> list[Problem]:
     """Two variants or points that come to the same settings: their difference would be no result."""
-    problems, seen = [], dict[str, str]()
+    problems: list[Problem] = []
+    seen: list[tuple[RunConfig, str]] = []
     for number, point in enumerate(points):
         for variant in variants:
             name = ", ".join([variant.name, *(f"{path}={shown(value)}" for path, value in point.items())])
-            settings = found[variant.name, number].toml()
-            if settings in seen:
-                problems.append(Problem("", f"{name} is the same run as {seen[settings]}; leave one out"))
-            seen.setdefault(settings, name)
+            config = found[variant.name, number].config
+            twin = next((other for settings, other in seen if settings == config), None)
+            if twin is not None:
+                problems.append(Problem("", f"{name} is the same run as {twin}; leave one out"))
+            seen.append((config, name))
     return problems
 
 
@@ -325,16 +328,22 @@ class Outcome:
 
 
 def carry_out(
-    plan: Plan, out: Path, play: Play, tell: Callable[[Trial, Result | None, str], object]
+    plan: Plan,
+    out: Path,
+    play: Play,
+    tell: Callable[[Trial, Result | None, str], object],
+    begun: Callable[[], object] = lambda: None,
 ) -> Outcome:
     """Plays what is not finished below `out`, which is new, empty, or holds this plan.
 
-    `tell` is called after each run with what it left and a remark (None and the reason if it failed). A run
-    that a hook of its own ended does not keep the others from being played. Raises RunError if the folder
+    `begun` is called when the folder has been found fit, `tell` after each run with what it left and a remark
+    (None and the reason if it failed). A run that failed while it trained does not keep the others from being
+    played. Raises RunError if the folder
     holds another plan, or runs of other settings, before anything is played.
     """
     with held(plan, out):
         states = {trial.folder: state_of(out / trial.folder, trial.resolved) for trial in plan.trials}
+        begun()
         failed: dict[str, str] = {}
         for trial in plan.trials:
             folder, state = out / trial.folder, states[trial.folder]
@@ -385,7 +394,9 @@ def held(plan: Plan, out: Path) -> Iterator[None]:
         changes = differences(there, plan.record())
         if changes:
             lines = "".join(f"\n  {line}" for line in changes)
-            raise RunError(f"{out} holds another ablation; name another folder with --out, or mend:{lines}")
+            raise RunError(
+                f"{out} holds another ablation; name another folder with --out. What differs:{lines}"
+            )
         yield
 
 
