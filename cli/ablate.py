@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..core.results import Result
 from ..core.state import Report
 
 CSV = "ablation.csv"
-WIDTH = 160  # of tables in a file or a pipe
+WIDEST = 1000  # of a table, in characters
 MEGABYTE = 1e6
 
 
@@ -53,7 +54,6 @@ def ablate(plan: Plan, out: Path, count: int, quiet: bool) -> bool:
         return True
     rows = ablation.table(plan, out)
     if rows:
-        console = console if console.is_terminal else Console(highlight=False, width=WIDTH)
         show(console, plan, rows)
         write(out / CSV, plan, rows)
         console.print(f"Results: {out}, the table in {out / CSV}", soft_wrap=True, markup=False)
@@ -142,38 +142,54 @@ def watched(resolved: Any, folder: Path, resume: bool, name: str) -> bool:
 
 
 def show(console: Console, plan: Plan, rows: Sequence[Row]) -> None:
-    """The table, a group of rows a point of the grid."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("variant", overflow="fold")
+    """The table, a group of rows a point of the grid; as two if a terminal is too narrow for one."""
+    metric, seeds = plan.metric, len(plan.seeds)
+    names = {"variant": [row.variant for row in rows]}
     for path in plan.grid:
-        table.add_column(path.rpartition(".")[2], overflow="fold")
-    for heading in ("seeds", *(_words(name) for name in rows[0].figures)):
-        table.add_column(heading, justify="right")
-    table.add_column("difference to base [95 %]", justify="right")
-    for heading in ("MB up+down", "FLOPs", "seconds"):
-        table.add_column(heading, justify="right")
-    compared = len(plan.variants) > 1
-    for number, row in enumerate(rows):
-        seeds = f"{row.n}" if row.n == len(plan.seeds) else f"{row.n} of {len(plan.seeds)}"
-        cells = [
-            row.variant,
-            *map(ablation.shown, row.point.values()),
-            seeds,
-            *(_spread(figure, name) for name, figure in row.figures.items()),
-            _interval(row.difference, plan.metric),
-            f"{(row.upload_bytes + row.download_bytes) / MEGABYTE:,.2f}",
-            f"{row.flops:.3g}",
-            f"{row.seconds:,.2f}",
-        ]
-        last = number + 1 == len(rows) or rows[number + 1].point != row.point
-        table.add_row(*map(Text, cells), end_section=last and compared and bool(plan.grid))
-    console.print(table)
+        names[path.rpartition(".")[2]] = [ablation.shown(row.point[path]) for row in rows]
+    counts = {"seeds": [f"{row.n}" if row.n == seeds else f"{row.n} of {seeds}" for row in rows]}
+    compared = {_words(metric): [_spread(row.figures[metric], metric) for row in rows]}
+    if len(plan.variants) > 1:
+        compared["difference to base [95 %]"] = [_interval(row.difference, metric) for row in rows]
+    others = {
+        _words(name): [_spread(row.figures[name], name) for row in rows]
+        for name in rows[0].figures
+        if name != metric
+    }
+    others["MB up+down"] = [f"{(row.upload_bytes + row.download_bytes) / MEGABYTE:,.2f}" for row in rows]
+    others["FLOPs"] = [f"{row.flops:.3g}" for row in rows]
+    others["seconds"] = [f"{row.seconds:,.2f}" for row in rows]
+    ends = [row.point != after.point for row, after in itertools.pairwise(rows)]
+    tables = [_table(names, counts | compared | others, ends)]
+    width, wide = console.width, Console(width=WIDEST)
+    if console.is_terminal and wide.measure(tables[0]).maximum > width:
+        tables = [_table(names, counts | compared, ends), _table(names, others, ends)]
+    for table in tables:
+        console.width = max(width, wide.measure(table).maximum)  # a terminal wraps a line, rich would cut it
+        console.print()
+        console.print(table)
+    console.width = width
+    console.print()
     console.print(
-        Text(
-            f"Mean ± standard deviation over seeds. Differences of the {_words(plan.metric)} are paired by seed, "
-            "with Student's 95 % confidence interval. MB, FLOPs and seconds are means a run."
-        )
+        f"Mean ± standard deviation over seeds. Differences of the {_words(metric)} are paired by seed, with "
+        "Student's 95 % confidence interval. MB, FLOPs and seconds are means a run.",
+        soft_wrap=not console.is_terminal,
+        markup=False,
     )
+
+
+def _table(
+    names: Mapping[str, Sequence[str]], figures: Mapping[str, Sequence[str]], ends: Sequence[bool]
+) -> Table:
+    """A table of columns; an empty line follows where a group of rows ends."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in names:
+        table.add_column(heading, no_wrap=True)
+    for heading in figures:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for number, cells in enumerate(zip(*names.values(), *figures.values(), strict=True)):
+        table.add_row(*map(Text, cells), end_section=number < len(ends) and ends[number])
+    return table
 
 
 def write(path: Path, plan: Plan, rows: Sequence[Row]) -> None:

@@ -1,12 +1,17 @@
 """An ablation: what it plans and refuses, that it repeats no finished run, and its statistics."""
 
 import csv
+import io
 import json
 import math
+import subprocess
+import sys
 
 import pytest
+from rich.console import Console
 
 import fedsparse
+from fedsparse.cli.ablate import show
 from fedsparse.core import ablation, runner
 from fedsparse.core.ablation import paired, parse_axis, plan, spread
 from fedsparse.core.errors import ConfigError, RunError
@@ -215,13 +220,38 @@ def test_a_variant_that_fails_does_not_keep_the_others(tmp_path, cli):
     assert done.output.count("finished before") == 4
 
 
-def test_two_workers_make_the_same_runs(tmp_path, cli):
-    one = (*SWAP[:-1], "0", "--slots", "readjust", "--quiet")
-    done = cli(*one, "--workers", "2", "--out", "a")
-    assert done.exit_code == 0, done.output
-    summary = json.loads((tmp_path / "a" / "readjust=fedavg_seed0" / "summary.json").read_text())
+def test_each_run_is_shared_by_so_many_workers(tmp_path):
+    command = [sys.executable, "-c", "from fedsparse.cli.main import main; main()"]
+    arguments = (*SWAP[:-1], "0", "--workers", "2", "--out", tmp_path / "a")
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "a" / "freeze_policy=fedavg_seed0" / "summary.json").read_text())
     assert summary["workers"] == 2
-    assert "(one seed)" in done.output
+    assert "(one seed)" in done.stdout
+
+
+def test_no_figure_is_cut_on_a_narrow_terminal(tmp_path):
+    planned = plan("pffdst", swaps=["freeze_policy=fedavg"], grid=["sparsity.target=0.8,0.9"])
+    rows = [
+        ablation.Row(
+            trial.variant,
+            trial.point,
+            {"test_accuracy": spread([0.5, 0.7, 0.9]), "client_accuracy": spread([0.5, 0.6, 0.7])},
+            paired([(0.5, 0.6), (0.4, 0.6), (0.3, 0.6)]) if trial.variant != "base" else None,
+            1e6,
+            2.5e6,
+            1.5e9,
+            2.5,
+            3,
+        )
+        for trial in planned.trials
+        if trial.seed == 0
+    ]
+    for width in (200, 80, 40):
+        file = io.StringIO()
+        show(Console(file=file, width=width, force_terminal=True, color_system=None), planned, rows)
+        for figure in ("0.7000 ± 0.2000", "0.6000 ± 0.1000", "+0.2000 [-0.0484, +0.4484]", "3.50", "1.5e+09"):
+            assert figure in file.getvalue(), width
 
 
 def test_all_slots_are_exactly_those_that_are_not_fedavgs_already():
