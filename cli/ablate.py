@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +145,8 @@ def show(console: Console, plan: Plan, rows: Sequence[Row]) -> None:
     """The table, a group of rows a point of the grid; as two if a terminal is too narrow for one."""
     metric, seeds = plan.metric, len(plan.seeds)
     names = {"variant": [row.variant for row in rows]}
-    for path in plan.grid:
-        names[path.rpartition(".")[2]] = [ablation.shown(row.point[path]) for row in rows]
+    for path, short in _short(plan.grid).items():
+        names[short] = [ablation.shown(row.point[path]) for row in rows]
     counts = {"seeds": [f"{row.n}" if row.n == seeds else f"{row.n} of {seeds}" for row in rows]}
     compared = {_words(metric): [_spread(row.figures[metric], metric) for row in rows]}
     if len(plan.variants) > 1:
@@ -170,12 +170,14 @@ def show(console: Console, plan: Plan, rows: Sequence[Row]) -> None:
         console.print(table)
     console.width = width
     console.print()
-    console.print(
-        f"Mean ± standard deviation over seeds. Differences of the {_words(metric)} are paired by seed, with "
-        "Student's 95 % confidence interval. MB, FLOPs and seconds are means a run.",
-        soft_wrap=not console.is_terminal,
-        markup=False,
-    )
+    notes = ["Mean ± standard deviation over seeds."] if seeds > 1 else []
+    if seeds > 1 and len(plan.variants) > 1:
+        figure = _words(metric)
+        notes.append(
+            f"Differences of the {figure} are paired by seed, with Student's 95 % confidence interval."
+        )
+    notes.append("MB, FLOPs and seconds are means a run.")
+    console.print(" ".join(notes), soft_wrap=not console.is_terminal, markup=False)
 
 
 def _table(
@@ -218,8 +220,14 @@ def write(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
 
 
 def _pieces(trial: Trial) -> list[str]:
-    point = (f"{path.rpartition('.')[2]}={ablation.shown(value)}" for path, value in trial.point.items())
+    point = (f"{short}={ablation.shown(trial.point[path])}" for path, short in _short(trial.point).items())
     return [trial.variant, *point, f"seed {trial.seed}"]
+
+
+def _short(paths: Iterable[str]) -> dict[str, str]:
+    """The settings by the last word of their paths, or by the path where that says too little."""
+    last = {path: path.removesuffix(".use").rpartition(".")[2] for path in paths}
+    return {path: path if [*last.values()].count(word) > 1 else word for path, word in last.items()}
 
 
 def _counted(number: int, what: str) -> str:

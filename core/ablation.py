@@ -359,7 +359,12 @@ def carry_out(
                     return Outcome(failed, interrupted=True)
                 except Exception as error:
                     if not (folder / "error.log").exists():
-                        raise  # not the variant's own failure: the next run would meet it, too
+                        if not isinstance(error, FedsparseError):
+                            raise
+                        # not in the rounds: most likely the next run would meet it, too
+                        stopped = RunError(f"{trial.folder}: {error}")
+                        stopped.exit_code = error.exit_code
+                        raise stopped from error
                     failed[trial.folder] = (
                         str(error) if isinstance(error, FedsparseError) else describe(error)
                     )
@@ -378,15 +383,16 @@ def held(plan: Plan, out: Path) -> Iterator[None]:
     if not path.exists():
         refuse_taken(out)
     try:
-        if not path.exists():
-            out.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".new").write_text(json.dumps(plan.record(), indent=1) + "\n", encoding="utf-8")
-            path.with_suffix(".new").rename(path)
-        file = path.open(encoding="utf-8")
+        out.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise RunError(f"cannot write to {out}: {error}") from None
     with file:
         _lock(file, out)
+        if [*out.iterdir()] == [path]:  # a plan of which nothing began binds nobody
+            file.truncate(0)
+            file.write(json.dumps(plan.record(), indent=1) + "\n")
+        file.seek(0)
         try:
             there = json.load(file)
         except ValueError as error:

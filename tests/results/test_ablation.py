@@ -202,6 +202,13 @@ def test_another_plan_and_foreign_folders_are_refused_with_what_differs(tmp_path
     assert "federation.rounds: 3 there, 2 here" in said.output
 
 
+def test_what_stops_the_first_run_binds_nobody_to_the_plan(tmp_path, cli):
+    said = cli(*SWAP, "--set", "task.dataset=cifar10", "--out", "a")
+    assert said.exit_code == 1
+    assert "base_seed0: data set cifar10: its files are missing" in said.output
+    assert cli(*SWAP, "--out", "a").exit_code == 0
+
+
 def test_a_variant_that_fails_does_not_keep_the_others(tmp_path, cli):
     (tmp_path / "breaks.py").write_text(BROKEN)
     arguments = list(SWAP)
