@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from .errors import ConfigError, FedsparseError, Problem, RunError, nearest
 from .registry import Registry, describe
@@ -112,7 +112,8 @@ def plan(
     a swapped part has its own defaults. `metric` is a number of `final` in `summary.json`.
     Raises ConfigError with every problem found.
     """
-    from .resolve import DEFAULT_PLUGIN, find_part, parse_swap
+    from .config import Layer
+    from .resolve import DEFAULT_PLUGIN, find_part, parse_swap, resolve
     from .tracking import SHOWN
 
     registry = registry or Registry()
@@ -124,26 +125,26 @@ def plan(
     for text in grid:
         try:
             path, values = parse_axis(text)
-            axes[path] = values if path not in axes else _refuse_axis(path, "is given twice; give it once")
+            if path in axes:
+                _refuse_axis(path, "is given twice; give it once")
+            axes[path] = values
         except ConfigError as error:
             problems += error.problems
     for text in dict.fromkeys(swaps):
         try:
-            variants.append(Variant(text.replace(" ", ""), parse_swap(text)))
+            variants.append(
+                Variant("=".join(piece.strip() for piece in text.split("=", 1)), parse_swap(text))
+            )
         except ConfigError as error:
             problems += error.problems
     slots = _known_slots(slots, problems)
     points = _points(axes)
 
     def resolved(variant: Variant, point: Mapping[str, Any], seed: int = 0) -> Resolved:
-        from .config import Layer
-        from .resolve import resolve
-
         layers = [_at(path, value) for path, value in point.items()]
         layers += [variant.layer] if variant.layer else []  # after the base's settings, which it drops
-        return resolve(
-            plugin, configs, sets=sets, layers=[*layers, Layer("--seeds", {"seed": seed})], registry=registry
-        )
+        layers += [Layer("--seeds", {"seed": seed})]
+        return resolve(plugin, configs, sets=sets, layers=layers, registry=registry)
 
     found: dict[tuple[str, int], Resolved] = {}
     for number, point in enumerate(points):
@@ -197,7 +198,7 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
     try:
         values: list[Any] = tomllib.loads(f"values = [{raw}]")["values"]
     except tomllib.TOMLDecodeError:
-        values = [_at(path, piece.strip(), parse=True) for piece in raw.split(",")]
+        values = [_value(piece.strip()) for piece in raw.split(",")]
     if path == "seed":
         _refuse_axis(path, "seeds are given by --seeds")
     if path == "method.plugin":
@@ -215,15 +216,18 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else toml_value(value)
 
 
-def _at(path: str, value: Any, parse: bool = False) -> Any:
-    """The layer that sets `path`; with `parse` the value that its text stands for."""
+def _value(text: str) -> Any:
+    """A TOML value, or the text if it is none, as for --set."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _at(path: str, value: Any) -> Layer:
+    """The layer that sets `path`."""
     from .config import Layer, expand
 
-    if parse:
-        try:
-            return tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            return value
     *tables, last = path.split(".")
     tree: dict[str, Any] = {last: value}
     for key in reversed(tables):
@@ -231,7 +235,7 @@ def _at(path: str, value: Any, parse: bool = False) -> Any:
     return Layer(f"--grid {path}", expand(tree))
 
 
-def _refuse_axis(path: str, why: str) -> Any:
+def _refuse_axis(path: str, why: str) -> NoReturn:
     raise ConfigError([Problem("", f"--grid {path}: {why}")])
 
 
