@@ -21,6 +21,8 @@ from .options import (
     PLUGIN,
     QUIET,
     RUN,
+    SEEDS,
+    SLOTS,
     SWAP,
     TRACK,
     WORK,
@@ -81,6 +83,7 @@ def main() -> None:
     fedsparse compare runs/*                               accuracy at equal bytes and FLOPs, cost of a target
     fedsparse report runs/* --out report                   the same with figures, as one HTML page
     fedsparse card runs/pffdst-digits-seed0                what a reviewer asks about a run
+    fedsparse ablate --plugin pffdst --slots all --out abl each slot swapped for FedAvg's, over seeds
     fedsparse plugins                                      what is installed
     fedsparse new-plugin my_method                         a package for a method of your own
     fedsparse config show --plugin pffdst                  every setting and where it comes from
@@ -266,6 +269,79 @@ def export(run: Path, formats: tuple[str, ...], out: Path | None) -> None:
     from .export import show_export
 
     show_export(run, formats, out)
+
+
+@main.command()
+@settings
+@click.option(
+    "--seeds",
+    type=SEEDS,
+    help="Seeds of every variant, separated by commas.  [default: 0,1,2]",
+)
+@click.option(
+    "--slots",
+    type=SLOTS,
+    default="",
+    help="Swap these slots, each alone, for FedAvg's part unless it is there already: all, or a comma list.",
+)
+@click.option(
+    "--grid",
+    multiple=True,
+    metavar="KEY=VALUE,VALUE",
+    help="Repeat everything with each value of a setting; several: with each combination.",
+)
+@click.option(
+    "--metric",
+    default="test_accuracy",
+    show_default=True,
+    help="Final figure to compare: test_accuracy, client_accuracy, test_loss, upload_bytes_total, …",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder for the runs: new, empty, or that of this same ablation, which then goes on.",
+)
+@WORKERS
+@QUIET
+def ablate(
+    chosen: Settings,
+    seeds: tuple[int, ...] | None,
+    slots: tuple[str, ...],
+    grid: tuple[str, ...],
+    metric: str,
+    out: Path,
+    workers: int,
+    quiet: bool,
+) -> None:
+    """Compare a method with variants of it: each --swap alone, over settings and seeds.
+
+    Started again with the same --out, it goes on where it was interrupted and repeats no finished run.
+
+    \b
+    fedsparse ablate --plugin pffdst --swap readjust=feddst --swap freeze_policy=fedavg --out results/swaps
+    fedsparse ablate --plugin pffdst --slots all --grid sparsity.target=0.8,0.9 --out results/slots
+    """
+    from ..core.ablation import plan
+    from .ablate import ablate as played
+
+    if seeds is not None and chosen.seed is not None:
+        raise ConfigError("--seed and --seeds are both given; give --seeds only")
+    if seeds is None:
+        seeds = (0, 1, 2) if chosen.seed is None else (chosen.seed,)
+    planned = plan(
+        chosen.plugin,
+        chosen.configs,
+        chosen.sets,
+        swaps=chosen.swaps,
+        grid=grid,
+        slots=slots,
+        seeds=seeds,
+        metric=metric,
+        registry=chosen.registry,
+    )
+    if played(planned, out, workers, quiet):
+        sys.exit(INTERRUPTED)
 
 
 @main.command()

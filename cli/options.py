@@ -85,6 +85,40 @@ class CountsType(click.ParamType[tuple[int, ...]]):
         return tuple(int(text) for text in texts)
 
 
+class SeedsType(click.ParamType[tuple[int, ...]]):
+    """Seeds, separated by commas."""
+
+    name = "n[,n…]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        texts = [text.strip() for text in str(value).split(",")]
+        if not all(text.isdecimal() for text in texts):
+            self.fail(f"{value!r}: expected whole numbers from 0 on, such as 0,1,2", param, ctx)
+        return tuple(map(int, texts))
+
+
+class SlotsType(click.ParamType[tuple[str, ...]]):
+    """Slots, separated by commas, or all."""
+
+    name = "all|slot[,slot…]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        return tuple(text.strip() for text in str(value).split(",") if text.strip())
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from ..core.hookspecs import SLOTS
+
+        before, comma, last = incomplete.rpartition(",")
+        names = [*SLOTS] if comma else ["all", *SLOTS]
+        return _starting(incomplete, [f"{before}{comma}{name}" for name in names if name.startswith(last)])
+
+
 class Bash(BashComplete):
     """Bash splits words at `=`: puts `readjust = fed` together, and answers with what follows the `=`."""
 
@@ -111,6 +145,7 @@ def _starting(incomplete: str, names: Any) -> list[CompletionItem]:
 
 
 PLUGIN, CONFIG, SWAP, WORK, COUNTS = PluginType(), ConfigType(), SwapType(), WorkType(), CountsType()
+SEEDS, SLOTS = SeedsType(), SlotsType()
 WORKERS = click.option(
     "--workers",
     type=click.IntRange(1, 1024),

@@ -443,6 +443,7 @@ COMMANDS = [
     ["card"],
     ["diff"],
     ["export"],
+    ["ablate"],
     ["bench"],
     ["new-plugin"],
     ["plugins"],
