@@ -1,5 +1,6 @@
 """The README's example is a plugin of at most 40 lines that runs, and its tables name what exists."""
 
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -8,14 +9,43 @@ import pytest
 from click.testing import CliRunner
 
 from fedsparse.cli.main import main
-from fedsparse.core.hookspecs import SLOTS
+from fedsparse.core.hookspecs import SLOTS, Extras, hooks_of
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def blocks(start):
+    """The one block of Python that begins so."""
+    (found,) = (b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if b.startswith(start))
+    return found
+
+
+def test_the_example_in_python_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    code = blocks("import fedsparse").replace("federation__rounds=20", "federation__rounds=2")
+    exec(compile(code, "README", "exec"), scope)
+    assert scope["again"].rounds == scope["result"].rounds
+    assert capsys.readouterr().out.endswith(" MB\n")
+
+
+def test_every_hook_is_listed_with_its_signature():
+    """In the order of the specification, each under its slot."""
+    listed = blocks("# mask_init\n")
+    lines = " ".join(listed.split())
+    at = -1
+    for slot, spec in {**SLOTS, "extras": Extras}.items():
+        assert f"# {slot}\n" in listed
+        for name in hooks_of(spec):
+            signature = str(inspect.signature(getattr(spec, name))).replace("'", "").replace("(self, ", "(")
+            found = lines.find(f"{name}{signature}")
+            assert found > at, f"{name}{signature}"
+            at = found
+
+
 def test_the_example_plugin_runs_and_swaps(tmp_path):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example = blocks("# regrow.py")
     assert len(example.splitlines()) <= 40
     path = tmp_path / "regrow.py"
     path.write_text(example)
