@@ -229,6 +229,8 @@ def merge(layers: Iterable[Layer]) -> Merged:
                 message = f"given {value!r}; expected a table of settings (from {layer.source})"
                 merged.problems += [Problem(leaf[0], message)] if value != {} else []
                 continue
+            if value == {} and isinstance(_get(merged.values, leaf), Mapping):
+                continue  # an empty table changes nothing in the table below it
             _set(merged.values, leaf, value)
             merged.sources[".".join(leaf)] = layer.source
     return merged

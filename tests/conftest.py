@@ -5,34 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedsparse.core import task
+from fedsparse.core import task, testing
 from fedsparse.core.engine import Engine
 from fedsparse.core.resolve import resolve
 
 collect_ignore = ["third_party"]  # a package whose tests run where it is installed
 
-TINY = {
-    "task.dataset.use": "synthetic",
-    "task.dataset.train": 240,
-    "task.dataset.test": 60,
-    "task.dataset.classes": 4,
-    "task.dataset.channels": 1,
-    "task.dataset.height": 6,
-    "task.dataset.width": 6,
-    "task.model.use": "mlp",
-    "task.model.hidden": [20, 12],
-    "task.partition.use": "iid",
-    "federation.clients": 6,
-    "federation.clients_per_round": 3,
-    "federation.rounds": 24,
-    "federation.batch_size": 16,
-    "federation.learning_rate": 0.05,
-    "federation.momentum": 0.9,
-    "federation.weight_decay": 0.001,
-    "sparsity.target": 0.8,
-    "output.evaluate_every": 8,
-    "execution.executor": "sequential",  # tests of executors name others
-}
+TINY = testing.TINY | {"federation.rounds": 24, "federation.momentum": 0.9}
 
 
 def toml(value):

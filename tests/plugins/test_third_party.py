@@ -112,8 +112,12 @@ def test_the_example_passes_the_check_of_the_command_line(example):
 @pytest.mark.parametrize("package", ["example", "generated"])
 def test_it_is_formatted_and_linted(package, request):
     site, source = request.getfixturevalue(package)
-    site.run(sys.executable, "-m", "ruff", "format", "--check", "--no-cache", source)
-    site.run(sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "E,F,W,I,UP,B,N", source)
+    assert "already formatted" in site.run(
+        sys.executable, "-m", "ruff", "format", "--check", "--no-cache", source
+    )
+    assert "All checks passed" in site.run(
+        sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "E,F,W,I,UP,B,N", source
+    )
 
 
 @pytest.mark.slow
@@ -122,7 +126,7 @@ def test_both_are_typed(example, generated, tmp_path):
     files = [source / folder for _, source in (example, generated) for folder in ("src", "tests")]
     example[0].environment["MYPYPATH"] = os.pathsep.join([str(tmp_path), str(files[0])])
     strict = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent"]
-    example[0].run(*strict, "--cache-dir", tmp_path / "cache", *files)
+    assert "Success" in example[0].run(*strict, "--cache-dir", tmp_path / "cache", *files)
 
 
 @pytest.mark.parametrize("package", ["example", "generated"])

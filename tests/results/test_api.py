@@ -50,6 +50,22 @@ def test_settings_may_be_tables_or_paths_and_all_errors_come_at_once():
         fedsparse.run("pffdst", seed=6, seed__x=7)
 
 
+def test_an_empty_table_undoes_no_swap(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[method.aggregate]\n")
+    result = fedsparse.run(
+        "pffdst",
+        swaps={"readjust": "set"},
+        method={"readjust": {}},
+        configs=[path],
+        out=tmp_path / "a",
+        **SHORT,
+    )
+    assert result.summary["swaps"] == {"readjust": "set:Evolve"}
+    assert result.config["method"]["readjust"]["use"] == "set:Evolve"
+    assert result.config["method"]["aggregate"]["use"] == "pffdst:MaskedMean"
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(RunError, match="is no run"):
         Result.load(tmp_path)
