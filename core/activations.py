@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink, linear, pad
@@ -147,15 +148,15 @@ class Pruning(TorchFunctionMode):
         if held is not None and seen and held.item() >= 0:
             return held
         total, size = inputs.numel(), weight.numel()
-        # on CPUs a fourth of (weight != 0).sum(); NaN counts, and the contracts speak of it
-        nonzero = weight.sign().abs().nan_to_num(1.0).sum(dtype=torch.float64)
-        count = self.count(int(nonzero) if seen else nonzero.to(torch.int64), total, size)
+        # NaN counts, and the contracts speak of it; numpy takes a fourth of torch's time
+        nonzero = int(np.count_nonzero(weight.bool().numpy())) if seen else weight.count_nonzero()
+        count = self.count(nonzero, total, size)
         fresh = kth_largest(inputs.abs(), count)
         if held is None:
             return fresh
         threshold = torch.where(held >= 0, held, fresh)
         # a dense layer prunes nothing, and leaves its threshold open
-        self.thresholds[name] = torch.where(nonzero < size, threshold, held)
+        self.thresholds[name] = torch.where(torch.as_tensor(nonzero < size), threshold, held)
         return threshold
 
     def count(self, nonzero: Any, total: int, size: int) -> Any:

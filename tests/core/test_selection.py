@@ -11,15 +11,15 @@ from fedsparse.core import masks
 from fedsparse.core.selection import kth_largest, readable
 
 
-def drawn(kind: str) -> torch.Tensor:
+def drawn(kind: str, size: int = 5000) -> torch.Tensor:
     torch.manual_seed(3)
-    values = torch.randn(5000)
+    values = torch.randn(size)
     return {
         "normal": values,
         "magnitudes": values.abs(),
         "many zeros": values.relu(),
         "few values": (values * 2).round(),
-        "one value": torch.full((5000,), -0.25),
+        "one value": torch.full((size,), -0.25),
         "signed zeros": torch.where(values > 0, 0.0, -0.0),
         "infinite": torch.where(values > 1, math.inf, torch.where(values < -1, -math.inf, values)),
         "tiny": values * 1e-42,  # denormal
@@ -35,11 +35,12 @@ KINDS = [
 ]
 
 
+@pytest.mark.parametrize("size", [5000, 50_000])  # few and many are ranked in two ways
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_sorting(kind: str) -> None:
-    values = drawn(kind)
+def test_equals_sorting(kind: str, size: int) -> None:
+    values = drawn(kind, size)
     ordered = values.sort(descending=True).values
-    for k in (1, 2, 17, 2499, 2500, 2501, 4999, 5000):
+    for k in (1, 2, 17, size // 2 - 1, size // 2, size // 2 + 1, size - 1, size):
         found = kth_largest(values, k)
         assert found.dtype == values.dtype
         assert found == ordered[k - 1]
@@ -49,9 +50,10 @@ def test_equals_sorting(kind: str) -> None:
 def test_nan_is_the_largest() -> None:
     infinite = torch.tensor(math.inf)
     for nan in (torch.tensor(math.nan), infinite - infinite):  # the second with its sign bit set, on x86
-        values = torch.stack([torch.tensor(1.0), nan, infinite, torch.tensor(-2.0)])
-        assert math.isnan(kth_largest(values, 1))
-        assert kth_largest(values, 2) == math.inf
+        few = torch.stack([torch.tensor(1.0), nan, infinite, torch.tensor(-2.0)])
+        for values in (few, torch.cat([few, torch.zeros(50_000)])):
+            assert math.isnan(kth_largest(values, 1))
+            assert kth_largest(values, 2) == math.inf
 
 
 def test_scores_may_require_a_gradient() -> None:
