@@ -104,10 +104,12 @@ class Contracts:
     ) -> None:
         """Zero off the mask, no NaN or infinity, frozen values bit-identical to `held`."""
         count = Counter()
+        hint = "" if where.client is None else ", or faults.non_finite = 'drop'"
         # NaN if any entry is not finite, else 0
         finite = torch._foreach_mul(torch._foreach_norm(list(params.values()), 1), 0.0)
         for (name, value), total in zip(params.items(), finite, strict=True):
-            count.forbid(total, f"parameter {name!r} holds NaN or infinity; a lower learning rate may help")
+            trouble = f"parameter {name!r} holds NaN or infinity; a lower learning rate may help{hint}"
+            count.forbid(total, trouble)
             if name in mask:
                 off = _nonzero(value * (~mask[name]).view(torch.uint8))
                 count.forbid(
