@@ -48,6 +48,8 @@ class Sequential(Executor):
                 sound = [self.sound(plan, client, clock, uploads) for client in group]
                 group = [client for client, good in zip(group, sound, strict=True) if good]
                 batches = [own for own, good in zip(batches, sound, strict=True) if good]
+                if not group:
+                    break
         for client in group:
             self.hooks.at = (plan.clock.round, client.number)
             self.check_trained(plan, client.params, client.mask)

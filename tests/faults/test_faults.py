@@ -21,6 +21,7 @@ EVERYTHING = {
     "faults__deadline": 1.2,
     "faults__speed_spread": 0.5,
 }
+SEED = 4  # of a first round with every reason, and with survivors
 UNEVEN = {"task__partition__use": "dirichlet", "federation__clients": 12, "federation__clients_per_round": 6}
 
 
@@ -86,8 +87,9 @@ def test_a_clients_time_is_its_samples_over_its_speed(make_engine):
     for client, size in sizes.items():
         assert engine.faults.time(client) == pytest.approx(size / mean)
         assert (engine.faults.fate(3, client) == "late") == (size > 1.2 * mean)
-    spread = make_engine(faults__deadline=1.2, faults__speed_spread=0.5, federation__clients=200).faults
-    logs = torch.tensor([math.log(spread.time(client)) for client in range(100)])
+    many = {"federation__clients": 200, "task__dataset__train": 800, "task__dataset__test": 200}
+    spread = make_engine(faults__deadline=1.2, faults__speed_spread=0.5, **many).faults
+    logs = torch.tensor([math.log(spread.time(client)) for client in range(200)])
     assert float(logs.mean()) == pytest.approx(0, abs=0.15)
     assert float(logs.std()) == pytest.approx(0.5, abs=0.1)
 
@@ -95,7 +97,7 @@ def test_a_clients_time_is_its_samples_over_its_speed(make_engine):
 @pytest.mark.parametrize("encode", [False, True])
 def test_every_loss_is_charged_what_it_cost(make_engine, encode):
     """By hand, against the charges of a run that loses nobody: same clients, a mask that stays."""
-    changes = UNEVEN | {"federation__rounds": 1, "ledger__encode": encode}
+    changes = UNEVEN | {"federation__rounds": 1, "ledger__encode": encode, "seed": SEED}
     (whole,) = play(make_engine("fedavg", **changes))
     clients = whole.metrics["clients"]
     up, down = (whole.metrics[f"{way}_bytes"] // len(clients) for way in ("upload", "download"))
@@ -125,13 +127,13 @@ def test_a_client_that_left_holds_the_mask_that_it_downloaded(make_engine):
 
 def test_the_survivors_round_is_that_of_a_run_that_sampled_only_them(make_engine):
     """Weights are the survivors' own; so are loss and rows."""
-    engine = make_engine("scaffold", **UNEVEN, **EVERYTHING, federation__rounds=1)
+    engine = make_engine("scaffold", **UNEVEN, **EVERYTHING, federation__rounds=1, seed=SEED)
     start = engine.start()
     report = next(engine.rounds(start))
     lost = [client for some in report.metrics["lost"].values() for client in some]
     survivors = [client for client in report.metrics["clients"] if client not in lost]
     assert sorted(report.state.rows) == sorted(survivors)
-    plain = make_engine("scaffold", **UNEVEN, federation__rounds=1)
+    plain = make_engine("scaffold", **UNEVEN, federation__rounds=1, seed=SEED)
     object.__setattr__(plain.task, "clients", lambda round_: survivors)
     (other,) = play(plain)
     assert all(torch.equal(report.state.params[n], p) for n, p in other.state.params.items())
@@ -268,9 +270,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(make_engine, tmp_path):
     second.ledger.load_state(ledger)
     rest = list(second.rounds(state))
     for one, other in zip(whole[9:], rest, strict=True):
-        assert {k: v for k, v in one.metrics.items() if k != "seconds"} == pytest.approx(
-            {k: v for k, v in other.metrics.items() if k != "seconds"}, abs=0, nan_ok=True
-        )
+        told = [{k: repr(v) for k, v in r.metrics.items() if k != "seconds"} for r in (one, other)]
+        assert told[0] == told[1]
     assert all(torch.equal(rest[-1].state.params[n], p) for n, p in whole[-1].state.params.items())
 
 

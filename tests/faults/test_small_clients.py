@@ -100,7 +100,7 @@ def test_a_value_alone_is_normalised_by_what_was_seen_before():
 def test_clients_of_one_class_train(make_engine, kind):
     engine = make_engine(
         "feddst", task__partition__use="class-disjoint", federation__clients=4, execution__executor=kind,
-        federation__rounds=3, method__readjust__period=1,
+        federation__rounds=3, method__readjust__period=1, task__partition__classes_per_client=1,
     )  # fmt: skip
     partition, targets = engine.task.partition, engine.task.dataset.train_targets
     assert any(len(targets[torch.from_numpy(partition.train_of(c))].unique()) == 1 for c in range(4))
