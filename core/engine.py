@@ -157,14 +157,8 @@ class Engine:
             )
         params = state.params if decided.params is None else decided.params
         if self.contracts:
-            where = self.hooks.where("freeze")
-            self.contracts.parameters(where, params)
-            self.contracts.mask(where, decided.mask)
-            self.contracts.frozen(where, decided.frozen, decided.mask)
-            self.contracts.values(where, params, decided.mask)
-            if any(decided.mask[name] is not state.mask[name] for name in state.mask):
-                self.contracts.budget(where, decided.mask, budget, self.hooks.promise("freeze_policy"))
-            self.contracts.memory(where, decided.memory)
+            where, promise = self.hooks.where("freeze"), self.hooks.promise("freeze_policy")
+            self.contracts.decided(where, decided._replace(params=params), state, budget, promise)
         none = {name: torch.zeros_like(m) for name, m in decided.mask.items()}
         state.frozen, state.mask, state.params = {**none, **decided.frozen}, decided.mask, params
         state.buffers = state.buffers if decided.buffers is None else decided.buffers
@@ -237,13 +231,7 @@ class Engine:
     def adopt(self, state: ServerState, slot: str, made: Aggregated | Readjusted, budget: Budget) -> None:
         """Checks what a server hook made and makes it the state."""
         if self.contracts:
-            where = self.hooks.where(slot)
-            self.contracts.parameters(where, made.params)
-            self.contracts.mask(where, made.mask)
-            self.contracts.frozen(where, state.frozen, made.mask)
-            self.contracts.server_values(where, made.params, made.mask, state.frozen, state.params)
-            self.contracts.budget(where, made.mask, budget, self.hooks.promise(slot))
-            self.contracts.memory(where, made.memory)
+            self.contracts.made(self.hooks.where(slot), made, state, budget, self.hooks.promise(slot))
         state.params, state.mask, state.memory[slot] = made.params, made.mask, made.memory
 
     def budget(self, clock: Clock) -> Budget:

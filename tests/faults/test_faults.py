@@ -2,10 +2,13 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from fedsparse.cli.main import main
 from fedsparse.core import checkpoint
 from fedsparse.core.config import FaultsConfig
 from fedsparse.core.contracts import ContractError
@@ -300,6 +303,17 @@ def test_a_run_counts_whom_it_lost(make_resolved, tmp_path):
 def test_wrong_settings_are_named(make_resolved, changes, said):
     with pytest.raises(ConfigError, match=said):
         make_resolved(**changes)
+
+
+def test_the_command_says_how_many_are_lost(make_resolved, tmp_path):
+    made = make_resolved(federation__rounds=2, faults__upload_failure=1.0, output__evaluate_every=1)
+    (tmp_path / "lossy.toml").write_text(made.toml())
+    result = CliRunner().invoke(
+        main, ["run", "--config", str(tmp_path / "lossy.toml"), "--out", str(tmp_path / "run")]
+    )
+    assert result.exit_code == 0, result.output
+    assert len(re.findall(r"^round .* lost 3 of 3$", result.output, re.MULTILINE)) == 2
+    assert re.search(r"lost clients *│ *6 upload_failure", result.output)
 
 
 def test_nothing_happens_by_default(make_engine):

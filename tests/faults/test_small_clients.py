@@ -60,8 +60,8 @@ def test_one_sample_trains_through_batch_normalisation_in_every_executor(small, 
     ("model", "settings"),
     [
         ("resnet18", {"norm": "batch"}),
-        ("resnet18", {"norm": "group"}),
-        ("vgg16", {}),
+        pytest.param("resnet18", {"norm": "group"}, marks=pytest.mark.slow),
+        pytest.param("vgg16", {}, marks=pytest.mark.slow),
         ("cifar-cnn", {}),
     ],
 )
