@@ -63,9 +63,8 @@ class View:
                 values = [show(row[name]) if name in row else "" for row in (final, best)]
                 table.add_row(label, *values)
         table.add_row("nonzero parameters", f"{summary['nonzero']:,} of {summary['parameters']:,}", "")
-        if "lost" in summary:
-            told = ", ".join(f"{count:,} {reason}" for reason, count in summary["lost"].items())
-            table.add_row("lost clients", told, "")
+        for reason, count in summary.get("lost", {}).items():
+            table.add_row(f"clients lost: {reason.replace('_', ' ')}", f"{count:,}", "")
         table.add_row("wall time", f"{summary['wall_seconds']:.1f} s", "")
         self.console.print(table)
         self.console.print(f"Results: {self.folder.path}", soft_wrap=True, markup=False)

@@ -50,8 +50,8 @@ class Faults:
     def time(self, client: int) -> float:
         """How long a client trains a round, in times of one of mean data at median speed.
 
-        Samples over speed; local epochs and FLOPs of a sample are the same for all clients of a round.
-        Speeds are lognormal with median 1, and a client's stays the same.
+        Samples over speed: local epochs are the same for all, and FLOPs of a sample do not enter, or methods
+        would lose other clients. Speeds are lognormal with median 1, and a client's stays the same.
         """
         mean = self.task.partition.pool_samples / self.task.partition.clients
         samples = len(self.task.partition.train_of(client))

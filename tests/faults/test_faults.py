@@ -212,6 +212,24 @@ def test_dropping_nobody_changes_nothing(make_engine):
         assert_same(one[-1], other[-1])
 
 
+def test_a_client_that_is_sampled_twice_is_lost_twice(make_engine):
+    """Its fate is the round's, and every participation is charged."""
+    changes = {"federation__replacement": True, "federation__clients": 3, "federation__clients_per_round": 3}
+    changes |= {"faults__dropout": 0.3, "faults__upload_failure": 0.3, "faults__non_finite": "drop"}
+    runs = [
+        play(poison(make_engine("scaffold", **changes, execution__executor=kind), 1))
+        for kind in ("sequential", "vectorised")
+    ]
+    for report in runs[0]:
+        lost = [client for some in report.metrics.get("lost", {}).values() for client in some]
+        rest = [client for client in report.metrics["clients"] if client not in lost]
+        assert sorted(lost + rest) == sorted(report.metrics["clients"])
+        assert report.metrics["samples"] == 80 * len(rest)
+        assert 1 not in rest
+    assert any(len(set(r.metrics["clients"])) < 3 for r in runs[0])
+    assert_same(runs[0][-1], runs[1][-1])
+
+
 def test_all_clients_of_nan_leave_the_model(make_engine):
     for kind in KINDS:
         engine = make_engine(faults__non_finite="drop", federation__rounds=2, execution__executor=kind)
@@ -313,7 +331,7 @@ def test_the_command_says_how_many_are_lost(make_resolved, tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert len(re.findall(r"^round .* lost 3 of 3$", result.output, re.MULTILINE)) == 2
-    assert re.search(r"lost clients *│ *6 upload_failure", result.output)
+    assert re.search(r"clients lost: upload failure *│ *6 ", result.output)
 
 
 def test_nothing_happens_by_default(make_engine):
