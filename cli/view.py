@@ -63,6 +63,8 @@ class View:
                 values = [show(row[name]) if name in row else "" for row in (final, best)]
                 table.add_row(label, *values)
         table.add_row("nonzero parameters", f"{summary['nonzero']:,} of {summary['parameters']:,}", "")
+        for reason, count in summary.get("lost", {}).items():
+            table.add_row(f"clients lost: {reason.replace('_', ' ')}", f"{count:,}", "")
         table.add_row("wall time", f"{summary['wall_seconds']:.1f} s", "")
         self.console.print(table)
         self.console.print(f"Results: {self.folder.path}", soft_wrap=True, markup=False)
@@ -103,7 +105,7 @@ class Live(Lines):
         self.live.start()
 
     def round(self, report: Report) -> None:
-        self.seen |= report.metrics
+        self.seen = {**self.seen, "lost": {}, **report.metrics}
         self.progress.update(self.bar, advance=1)
         self.live.update(Group(self.progress, Text(figures(self.seen))))
 
@@ -179,7 +181,9 @@ def figures(metrics: Mapping[str, Any]) -> str:
     accuracy = f"accuracy {metrics['test_accuracy']:.3f}  " if "test_accuracy" in metrics else ""
     up, down = metrics["upload_bytes_total"] / MEGABYTE, metrics["download_bytes_total"] / MEGABYTE
     frozen = f"  frozen {metrics['frozen_fraction']:.2f}" if metrics["frozen_fraction"] else ""
-    return f"{accuracy}sparsity {metrics['sparsity']:.3f}{frozen}  MB up {up:.1f} down {down:.1f}"
+    lost = sum(map(len, metrics.get("lost", {}).values()))
+    gone = f"  lost {lost} of {len(metrics['clients'])}" if lost else ""
+    return f"{accuracy}sparsity {metrics['sparsity']:.3f}{frozen}  MB up {up:.1f} down {down:.1f}{gone}"
 
 
 def status(metrics: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ CHOICES: tuple[tuple[str, str], ...] = (
 )
 """Tables that choose a component by `use`."""
 
-TABLES = ("task", "federation", "sparsity", "method", "execution", "ledger", "output")
+TABLES = ("task", "federation", "sparsity", "method", "faults", "execution", "ledger", "output")
 """Sections of a configuration; `seed` alone is a plain value."""
 
 
@@ -118,6 +118,43 @@ class SparsityConfig(Section):
         return (value,) if isinstance(value, str) else value
 
 
+class FaultsConfig(Section):
+    """What happens to sampled clients. Draws are keyed by seed, round and client, so every method meets the
+    same."""
+
+    dropout: float = Field(
+        0.0, ge=0, le=1, description="probability that a sampled client leaves after its download"
+    )
+    deadline: float | None = Field(
+        None,
+        gt=0,
+        description="time that clients have to train, in times of a client of mean data at median speed; who "
+        "needs more is left out; unset: the server waits for everybody",
+    )
+    speed_spread: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="standard deviation of the logarithm of clients' speeds, each the same in all rounds; 0: "
+        "who has more data needs longer and nothing else counts. With a deadline",
+    )
+    upload_failure: float = Field(0.0, ge=0, le=1, description="probability that a sent upload is lost")
+    non_finite: Literal["stop", "drop"] = Field(
+        "stop",
+        description="a client whose loss or model becomes NaN or infinite: 'stop' the run, or 'drop' the "
+        "client for this round, which costs a check of each client after each local epoch",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FaultsConfig:
+        if self.speed_spread and self.deadline is None:
+            raise ValueError(
+                f"speed_spread = {self.speed_spread:g} changes nothing without a deadline; set "
+                "faults.deadline, for example to 2"
+            )
+        return self
+
+
 class ExecutionConfig(Section):
     """Where it runs."""
 
@@ -188,6 +225,7 @@ class RunConfig(Section):
     federation: FederationConfig = FederationConfig()
     sparsity: SparsityConfig = SparsityConfig()
     method: MethodConfig
+    faults: FaultsConfig = FaultsConfig()
     execution: ExecutionConfig = ExecutionConfig()
     ledger: LedgerConfig = LedgerConfig()
     output: OutputConfig = OutputConfig()

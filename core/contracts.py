@@ -13,7 +13,7 @@ from . import masks
 from .budget import Budget
 from .errors import RunError
 from .functional import is_stacked
-from .state import Carry, Masks, Params
+from .state import Aggregated, Carry, Frozen, Masks, Params, Readjusted, ServerState
 
 
 class ContractError(RunError):
@@ -104,10 +104,12 @@ class Contracts:
     ) -> None:
         """Zero off the mask, no NaN or infinity, frozen values bit-identical to `held`."""
         count = Counter()
+        hint = "" if where.client is None else ", or faults.non_finite = 'drop'"
         # NaN if any entry is not finite, else 0
         finite = torch._foreach_mul(torch._foreach_norm(list(params.values()), 1), 0.0)
         for (name, value), total in zip(params.items(), finite, strict=True):
-            count.forbid(total, f"parameter {name!r} holds NaN or infinity; a lower learning rate may help")
+            trouble = f"parameter {name!r} holds NaN or infinity; a lower learning rate may help{hint}"
+            count.forbid(total, trouble)
             if name in mask:
                 off = _nonzero(value * (~mask[name]).view(torch.uint8))
                 count.forbid(
@@ -124,6 +126,30 @@ class Contracts:
         active, fixed = masks.active(mask), masks.active(frozen)
         bound = {name: m for name, m in mask.items() if active[name] < m.numel()}
         self.values(where, params, bound, {name: f for name, f in frozen.items() if fixed[name]}, held)
+
+    def decided(
+        self, where: Where, decided: Frozen, state: ServerState, budget: Budget, promise: str
+    ) -> None:
+        """What a freeze policy made of the server's state; its mask meets the budget if it is a new one."""
+        params = state.params if decided.params is None else decided.params
+        self.parameters(where, params)
+        self.mask(where, decided.mask)
+        self.frozen(where, decided.frozen, decided.mask)
+        self.values(where, params, decided.mask)
+        if any(decided.mask[name] is not state.mask[name] for name in state.mask):
+            self.budget(where, decided.mask, budget, promise)
+        self.memory(where, decided.memory)
+
+    def made(
+        self, where: Where, made: Aggregated | Readjusted, state: ServerState, budget: Budget, promise: str
+    ) -> None:
+        """What a server hook made of the server's state."""
+        self.parameters(where, made.params)
+        self.mask(where, made.mask)
+        self.frozen(where, state.frozen, made.mask)
+        self.server_values(where, made.params, made.mask, state.frozen, state.params)
+        self.budget(where, made.mask, budget, promise)
+        self.memory(where, made.memory)
 
     def scores(self, where: Where, scores: Any) -> None:
         """A score for each prunable weight."""

@@ -17,6 +17,7 @@ from .execution import workers
 from .execution.choose import choose
 from .execution.exchange import Plan, Uploads
 from .execution.host_memory import keep_freed_memory
+from .faults import Faults, merged
 from .ledger import Ledger, forward_macs, paper_bytes
 from .loss import Probe
 from .metrics import measured
@@ -56,6 +57,7 @@ class Engine:
         )
         macs_a_sample, parts = sum(macs.values()), (self.hooks, self.loss, self.ledger, self.contracts)
         self.executor, self.why = choose(execution, task, *parts, macs_a_sample)
+        self.faults = Faults(self.config.faults, task)
         self.workers = workers.join(self.config.federation.clients_per_round)
         self.stop = False  # set from outside: the run ends after this round
 
@@ -83,7 +85,7 @@ class Engine:
             self.contracts.budget(where, mask, budget, self.hooks.promise("mask_init"))
         masked = masks.apply(params, mask)
         if self.config.sparsity.rescale_init:
-            masked |= {name: rescaled(params[name], masked[name]) for name in mask}
+            masked |= {name: masks.rescaled(params[name], masked[name]) for name in mask}
         none = {name: torch.zeros_like(m) for name, m in mask.items()}
         return ServerState(0, masked, self.buffers, mask, none)
 
@@ -107,12 +109,12 @@ class Engine:
         clients = self.task.clients(clock.round)
         sent = self.sent(state)
         self.ledger.begin_round(state.params, state.buffers, sent, state.frozen, trained=state.mask)
-        samples = {client: len(self.task.partition.train_of(client)) for client in clients}
-        mine = self.workers.deal(clients, samples)
-        uploads = self.executor.train(self.plan(state, budget, clock), mine)
+        mine = self.workers.deal(clients, self.faults.work(clock.round, clients))
+        uploads = self.faults.train(self.executor, self.plan(state, budget, clock), mine)
         stop = self.gather(state, uploads, mine, clients)
-        self.aggregate(state, uploads, budget)
-        self.readjust(state, "server:end", budget, clock, uploads)
+        if uploads.samples:  # else nobody reported, and the model stays as it is
+            self.aggregate(state, uploads, budget)
+            self.readjust(state, "server:end", budget, clock, uploads)
         metrics = self.record(state, before, clients, uploads, clock)
         state.round += 1
         return Report({**metrics, "seconds": round(time.perf_counter() - started, 4)}, state, stop)
@@ -120,12 +122,14 @@ class Engine:
     def gather(self, state: ServerState, uploads: Uploads, mine: list[int], clients: list[int]) -> bool:
         """Adds up what all workers have; whether one of them was asked to end the run."""
         numbers = [uploads.samples, uploads.steps_weight, *self.ledger.round, float(self.stop)]
-        self.workers.same_form(uploads, idle=len(set(clients)) < self.workers.size)
+        self.workers.same_form(uploads, idle=self.faults.any or len(set(clients)) < self.workers.size)
         samples, steps, *tally, stop = self.workers.add(uploads.tensors(), numbers)
         uploads.samples, uploads.steps_weight = round(samples), round(steps)
         self.ledger.end_round(tally, clients)
         if self.hooks.get("client_final"):
-            state.rows |= self.workers.rows({client: state.rows[client] for client in mine})
+            state.rows |= self.workers.rows({c: state.rows[c] for c in mine if c in state.rows})
+        if self.faults.any:
+            uploads.lost = merged(self.workers.gathered(uploads.lost), clients)
         return stop > 0
 
     def freeze(self, state: ServerState, budget: Budget, clock: Clock) -> None:
@@ -153,14 +157,8 @@ class Engine:
             )
         params = state.params if decided.params is None else decided.params
         if self.contracts:
-            where = self.hooks.where("freeze")
-            self.contracts.parameters(where, params)
-            self.contracts.mask(where, decided.mask)
-            self.contracts.frozen(where, decided.frozen, decided.mask)
-            self.contracts.values(where, params, decided.mask)
-            if any(decided.mask[name] is not state.mask[name] for name in state.mask):
-                self.contracts.budget(where, decided.mask, budget, self.hooks.promise("freeze_policy"))
-            self.contracts.memory(where, decided.memory)
+            where, promise = self.hooks.where("freeze"), self.hooks.promise("freeze_policy")
+            self.contracts.decided(where, decided._replace(params=params), state, budget, promise)
         none = {name: torch.zeros_like(m) for name, m in decided.mask.items()}
         state.frozen, state.mask, state.params = {**none, **decided.frozen}, decided.mask, params
         state.buffers = state.buffers if decided.buffers is None else decided.buffers
@@ -201,7 +199,8 @@ class Engine:
         counts = masks.active(free)
         free = {name: m for name, m in free.items() if counts[name] < m.numel()}
         broadcast = state.memory.get("aggregate", {}).get("broadcast", {})
-        return Plan(state, budget, clock, free, self.config.sparsity.target, rate, broadcast)
+        drop = self.config.faults.non_finite == "drop"
+        return Plan(state, budget, clock, free, self.config.sparsity.target, rate, broadcast, drop)
 
     def aggregate(self, state: ServerState, uploads: Uploads, budget: Budget) -> None:
         """The next global model; buffers are averaged, frozen values kept to the bit."""
@@ -232,13 +231,7 @@ class Engine:
     def adopt(self, state: ServerState, slot: str, made: Aggregated | Readjusted, budget: Budget) -> None:
         """Checks what a server hook made and makes it the state."""
         if self.contracts:
-            where = self.hooks.where(slot)
-            self.contracts.parameters(where, made.params)
-            self.contracts.mask(where, made.mask)
-            self.contracts.frozen(where, state.frozen, made.mask)
-            self.contracts.server_values(where, made.params, made.mask, state.frozen, state.params)
-            self.contracts.budget(where, made.mask, budget, self.hooks.promise(slot))
-            self.contracts.memory(where, made.memory)
+            self.contracts.made(self.hooks.where(slot), made, state, budget, self.hooks.promise(slot))
         state.params, state.mask, state.memory[slot] = made.params, made.mask, made.memory
 
     def budget(self, clock: Clock) -> Budget:
@@ -257,6 +250,7 @@ class Engine:
         """The round's line of `metrics.jsonl`, without its seconds."""
         line = measured(state, before, self.sent(state), self.prunable, uploads, clock)
         line |= {**self.ledger.metrics(), "clients": clients, "samples": uploads.samples}
+        line |= {"lost": uploads.lost} if uploads.lost else {}
         every = self.config.output.evaluate_every
         if (clock.round + 1) % every == 0 or clock.round + 1 == clock.rounds:
             line |= evaluate(self.task, self.loss, state.params, state.buffers, state.mask)
@@ -282,10 +276,3 @@ class Engine:
     def key(self, *path: str | int) -> torch.Tensor:
         """The key of a server stream."""
         return rng.key(self.config.seed, *path, device=self.task.device)
-
-
-def rescaled(dense: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """The masked tensor with the norm that it had when dense."""
-    before: torch.Tensor = torch.linalg.vector_norm(dense)
-    after: torch.Tensor = torch.linalg.vector_norm(masked)
-    return masked * torch.where(after > 0, before / after, 0.0)

@@ -205,7 +205,7 @@ class Aggregate:
     def contribute(
         self, params: Params, mask: Masks, anchor: Params, weight: Tensor, carry: Carry, moved: bool
     ) -> Sums:
-        """For every client after its training: tensors by name that the engine adds over the cohort.
+        """For every client that reports: tensors by name that the engine adds over these.
 
         `weight` is the client's number of training samples, 0-d. `moved` is the same for all clients of a
         round: whether they readjust in it, so that masks may differ from the server's. Buffers are averaged
@@ -228,7 +228,9 @@ class Aggregate:
     ) -> Aggregated:
         """Once a round: the next global model from the summed contributions; zero off the mask it returns.
 
-        `pool_samples` counts the training samples of all clients of the pool, sampled this round or not.
+        `pool_samples` counts the training samples of all clients of the pool, sampled this round or not. The
+        sums are of the clients that reported: fewer than were sampled, if `[faults]` says so. A round in
+        which nobody did leaves the model as it is, without this hook and `readjust` at "server:end".
 
         The engine writes frozen values back afterwards, so that rounding cannot move them.
         """

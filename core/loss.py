@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from .dropout import KeyedDropout
 from .functional import call, is_stacked
+from .normalisation import OneSample
 from .state import Batch, Carry, Masks, Params
 
 EffectiveParams = Callable[[Params, Masks], Params]
@@ -41,7 +42,8 @@ class ModelLoss:
         moved = {name: b.clone() for name, b in buffers.items()}  # layers write running statistics in place
         dropout = nullcontext() if key is None else KeyedDropout(key)
         cast = nullcontext() if self.autocast is None else casting(batch.inputs.device.type, self.autocast)
-        with dropout, cast:
+        alone = OneSample() if len(batch.targets) == 1 else nullcontext()
+        with dropout, cast, alone:
             outputs = call(self.model, {**weights, **moved}, batch.inputs)
             value = cross_entropy(outputs, batch.targets)
         return value, moved

@@ -219,3 +219,10 @@ def largest_with_ties(params: Params, mask: Masks, count: int, frozen: Masks | N
     flat = torch.cat([size.flatten() for size in sizes.values()])
     threshold = kth_largest(flat, count)
     return {name: active & (sizes[name] >= threshold) for name, active in mask.items()}
+
+
+def rescaled(dense: Tensor, masked: Tensor) -> Tensor:
+    """The masked tensor with the norm that it had when dense."""
+    before: Tensor = torch.linalg.vector_norm(dense)
+    after: Tensor = torch.linalg.vector_norm(masked)
+    return masked * torch.where(after > 0, before / after, 0.0)

@@ -17,11 +17,16 @@ def measured(
 ) -> dict[str, Any]:
     """Training metrics, sparsity, frozen fraction, and how the mask moved from `before` to `now`.
 
-    Counts are over prunable weights. Raises RunError if the training loss is not finite.
+    Counts are over prunable weights. The training loss is NaN if nobody reported. Raises RunError if it is
+    not finite otherwise.
     """
     means = {name: float(value) / uploads.steps_weight for name, value in uploads.metrics.items()}
-    if not math.isfinite(means["loss"]):
-        raise RunError(f"round {clock.round}: the loss is {means['loss']}; lower the learning rate")
+    if uploads.samples and not math.isfinite(means["loss"]):
+        raise RunError(
+            f"round {clock.round}: the loss is {means['loss']}; lower the learning rate, or set "
+            "faults.non_finite = 'drop' to go on without clients whose loss is not finite"
+        )
+    means.setdefault("loss", math.nan)
     total = sum(mask.numel() for mask in now.values())
     active = sum(masks.active(now).values())
     still = sum(masks.active({name: state.frozen[name] for name in prunable}).values())

@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import re
+from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,6 +51,7 @@ class RunFolder:
         self.resolved = resolved
         self.last: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
+        self.lost: Counter[str] = Counter()
         try:
             if path is not None and resume_at is not None:
                 self._go_on(path, resume_at)
@@ -103,6 +105,7 @@ class RunFolder:
         self._metrics.write(json.dumps(plain) + "\n")
         self._metrics.flush()
         self.last = {**self.last, **metrics}
+        self.lost.update({reason: len(clients) for reason, clients in metrics.get("lost", {}).items()})
         accuracy = metrics.get("test_accuracy")
         if accuracy is not None and accuracy > self.best.get("test_accuracy", -1.0):
             self.best = dict(metrics)
@@ -132,14 +135,15 @@ class RunFolder:
             {name: m.contiguous().cpu() for name, m in state.mask.items()}, self.path / "mask.safetensors"
         )
         summary = {
-            "final": {name: self.last[name] for name in SHOWN if name in self.last},
-            "best": {name: self.best[name] for name in SHOWN if name in self.best},
+            "final": _shown(self.last),
+            "best": _shown(self.best),
             "seed": self.resolved.config.seed,
             "method": self.resolved.method.name,
             "swaps": dict(self.resolved.swaps),
             **about(self.resolved),
             "interrupted": interrupted,
             "rounds": self.last.get("round", -1) + 1,
+            **({"lost": dict(sorted(self.lost.items()))} if self.lost else {}),
             "versions": versions(),
             "device": str(device),
             "workers": workers,
@@ -178,6 +182,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "unknown"
     return found
+
+
+def _shown(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures that a summary shows; a round that nobody reported in has no training loss."""
+    return {name: metrics[name] for name in SHOWN if _plain(metrics.get(name)) is not None}
 
 
 def _plain(value: Any) -> Any:

@@ -26,6 +26,8 @@ class Plan:
     target: float
     lr: float
     broadcast: Params = field(default_factory=dict)
+    drop_non_finite: bool = False
+    """a client that becomes NaN or infinite gives up, and the round goes on without it"""
 
 
 @dataclass
@@ -43,6 +45,13 @@ class Uploads:
     samples: int = 0
     steps_weight: int = 0
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    lost: dict[str, list[int]] = field(default_factory=dict)
+    """clients that send nothing, by reason"""
+
+    def lose(self, reason: str, *clients: int) -> None:
+        """Notes clients whose upload will not come."""
+        if clients:
+            self.lost.setdefault(reason, []).extend(clients)
 
     def add(self, into: Totals, entries: Mapping[str, Tensor]) -> None:
         """Adds one client's entries by name."""
@@ -69,11 +78,18 @@ class Uploads:
         for group in (self.sums, self.buffers, self.score, self.metrics):
             yield from group.values()
 
-    def form(self) -> list[Any]:
-        """Names and shapes of every sum, and the types of contributions."""
+    def form(self) -> list[Any] | None:
+        """Names and shapes of every sum, and the types of contributions; None if nobody has contributed."""
+        if not self.sums:
+            return None
         groups = (self.sums, self.buffers, self.score, self.metrics)
         shapes = [{name: tuple(value.shape) for name, value in group.items()} for group in groups]
         return [shapes, self.dtypes, next(iter(self.sums.values())).device.type]
+
+    def take_measured(self, other: Uploads) -> None:
+        """Adds the metrics that were measured apart."""
+        self.add(self.metrics, other.metrics)
+        self.steps_weight += other.steps_weight
 
     def take_form(self, form: list[Any]) -> None:
         """Sums of nobody: zeros of another's form."""

@@ -42,12 +42,7 @@ class Graph(Sequential):
         super().train_all(plan, clients, uploads)
 
     def steps(
-        self,
-        plan: Plan,
-        group: Sequence[Client],
-        clock: Clock,
-        batches: Sequence[Sequence[Batch]],
-        uploads: Uploads,
+        self, plan: Plan, group: Sequence[Client], clock: Clock, batches: Sequence[Sequence[Batch]]
     ) -> None:
         settings, size = self.settings(plan, clock), self.task.federation.batch_size
         lanes, each = self.lanes[: len(group)], []
@@ -80,8 +75,8 @@ class Graph(Sequential):
                 self.contracts.parameters(place, made.params)
                 self.contracts.stepped(place, made.carry, made.metrics, plan.state.buffers)
             client.params, client.carry = lane.places.params, lane.places.carry
-            uploads.add(uploads.metrics, lane.totals)
-            uploads.steps_weight += sum(len(batch.targets) for batch in own)
+            client.measured.add(client.measured.metrics, lane.totals)
+            client.measured.steps_weight += sum(len(batch.targets) for batch in own)
 
 
 class CaptureError(Exception):

@@ -11,7 +11,7 @@ from .. import masks, rng
 from ..state import Batch, Clock
 from .exchange import Plan, Uploads
 from .step import Given
-from .training import Client, Executor, apart, cleared
+from .training import Client, Executor, apart, cleared, finite
 
 
 class Sequential(Executor):
@@ -26,14 +26,15 @@ class Sequential(Executor):
                 group = []
                 for number in numbers:
                     self.hooks.at = (plan.clock.round, number)
-                    group.append(self.download(plan, number))
-                self.train_group(plan, group, uploads)
-                for client in group:
+                    client = self.download(plan, number)
+                    client.measured = Uploads() if plan.drop_non_finite else uploads
+                    group.append(client)
+                for client in self.train_group(plan, group, uploads):
                     self.hooks.at = (plan.clock.round, client.number)
                     self.upload(plan, client, uploads)
 
-    def train_group(self, plan: Plan, group: Sequence[Client], uploads: Uploads) -> None:
-        """All local epochs, with each client's readjustment where it is due."""
+    def train_group(self, plan: Plan, group: Sequence[Client], uploads: Uploads) -> Sequence[Client]:
+        """All local epochs, with each client's readjustment where it is due; who has not given up."""
         epochs, clock, batches = self.task.federation.local_epochs, plan.clock, list[list[Batch]]()
         for epoch in range(epochs):
             clock = clock._replace(epoch=epoch, epochs=epochs)
@@ -42,7 +43,13 @@ class Sequential(Executor):
             first = [own[: self.hooks.score_batches] for own in following]
             self.readjust_group(plan, group, clock, batches or first)
             batches = following
-            self.steps(plan, group, clock, batches, uploads)
+            self.steps(plan, group, clock, batches)
+            if plan.drop_non_finite:
+                sound = [self.sound(plan, client, clock, uploads) for client in group]
+                group = [client for client, good in zip(group, sound, strict=True) if good]
+                batches = [own for own, good in zip(batches, sound, strict=True) if good]
+                if not group:
+                    break
         for client in group:
             self.hooks.at = (plan.clock.round, client.number)
             self.check_trained(plan, client.params, client.mask)
@@ -51,14 +58,18 @@ class Sequential(Executor):
             for client, own in zip(group, batches, strict=True):
                 self.hooks.at = (plan.clock.round, client.number)
                 self.add_score(plan, client, own, uploads)
+        return group
+
+    def sound(self, plan: Plan, client: Client, clock: Clock, uploads: Uploads) -> bool:
+        """Whether loss and model are finite after an epoch; a client that says no has given up."""
+        tensors = (*client.params.values(), *client.carry.buffers.values(), client.measured.metrics["loss"])
+        if finite(*(tensor[None] for tensor in tensors)):
+            return True
+        self.give_up(plan, client, clock, uploads)
+        return False
 
     def steps(
-        self,
-        plan: Plan,
-        group: Sequence[Client],
-        clock: Clock,
-        batches: Sequence[Sequence[Batch]],
-        uploads: Uploads,
+        self, plan: Plan, group: Sequence[Client], clock: Clock, batches: Sequence[Sequence[Batch]]
     ) -> None:
         """One local epoch of the clients of a group."""
         for client, own in zip(group, batches, strict=True):
@@ -74,7 +85,7 @@ class Sequential(Executor):
                     self.contracts.stepped(place, stepped.carry, stepped.metrics, plan.state.buffers)
                 client.params, client.carry = stepped.params, stepped.carry
                 metrics.append(stepped.metrics)
-            uploads.measure(metrics, [len(batch.targets) for batch in own])
+            client.measured.measure(metrics, [len(batch.targets) for batch in own])
             if self.contracts:
                 self.contracts.parameters(place, client.params)
 
@@ -125,4 +136,6 @@ class Sequential(Executor):
         if self.contracts:
             self.contracts.summed(self.hooks.where("contribute"), contribution, uploads.sums)
         uploads.contribute(contribution)
+        if client.measured is not uploads:
+            uploads.take_measured(client.measured)
         self.account(plan, client, contribution, uploads)

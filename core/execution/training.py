@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ class Client:
     trainable: Masks
     score_samples: int = 0
     score_bytes: int = 0
+    measured: Uploads = field(default_factory=Uploads)
+    """where its metrics go: to the round's, or to its own as long as it may be dropped"""
 
 
 class Executor(ABC):
@@ -210,6 +212,12 @@ class Executor(ABC):
             frozen = {n: f for n, f in state.frozen.items() if n in plan.trainable}
             self.contracts.values(where, params, bound, frozen, state.params)
 
+    def give_up(self, plan: Plan, client: Client, clock: Clock, uploads: Uploads) -> None:
+        """Charges a client that became NaN or infinite in this epoch, and drops it."""
+        samples = len(self.task.partition.train_of(client.number))
+        self.ledger.train(samples * (clock.epoch + 1), client.score_samples)
+        uploads.lose("non_finite", client.number)
+
     def contribution(self, plan: Plan, client: Client, weight: Tensor) -> Sums:
         """What the client adds to the sums."""
         return self.hooks.call(
@@ -247,6 +255,15 @@ class Executor(ABC):
             if self.contracts:
                 self.contracts.memory(self.hooks.where("client_final"), row)
             state.rows[client.number] = moved_to(row, "cpu", copy=True)  # no view of a chunk's tensors
+
+
+def finite(*tensors: Tensor) -> Tensor:
+    """Whether all entries are finite, of every client: tensors have it as first dimension. bool (clients,).
+
+    By sums of magnitudes, as the contracts do.
+    """
+    sums = [t.reshape(len(t), -1).abs().sum(1, dtype=torch.float32) for t in tensors]
+    return torch.stack(sums).isfinite().all(0)
 
 
 def apart(clients: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -8,7 +8,7 @@ whole minibatch (BatchNorm, pruned activations), clients are stepped in groups o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import masks, rng
+from ..contracts import ContractError
 from ..state import Batch, Carry, Clock, Masks, Params, Scores
-from .exchange import Plan, Uploads
+from .exchange import Plan, Totals, Uploads
 from .step import IGNORED, Given, Step, filled, stacked
-from .training import Client, Executor, apart, cleared
+from .training import Client, Executor, apart, cleared, finite
 
 
 @dataclass
@@ -36,6 +37,25 @@ class Chunk:
     mask: Masks
     trainable: Masks
     readjusted: bool = False
+    measured: Totals = field(default_factory=dict)
+    """each client's own sums of metrics, (clients,), as long as it may be dropped"""
+
+    def measure(self, clients: slice, sums: Totals) -> None:
+        """Adds the metrics of a step of some clients, float64."""
+        for name, value in sums.items():
+            if name not in self.measured:
+                self.measured[name] = value.new_zeros(len(self.clients))
+            self.measured[name][clients] += value
+
+    def only(self, places: Sequence[int]) -> Chunk:
+        """The chunk of some of its clients."""
+        at = torch.tensor(places, device=next(iter(self.params.values())).device)
+        params, carry, measured = pytree.tree_map(lambda t: t[at], (self.params, self.carry, self.measured))
+        mask, trainable = self.mask, self.trainable
+        if self.readjusted:
+            mask, trainable = pytree.tree_map(lambda t: t[at], (mask, trainable))
+        clients = [self.clients[place] for place in places]
+        return Chunk(clients, params, carry, mask, trainable, self.readjusted, measured)
 
     def one(self, at: int) -> Client:
         """A client, with views of its own tensors."""
@@ -85,12 +105,36 @@ class Vectorised(Executor):
             for index in range(len(batches[0])):
                 for begin, end, batch in self.groups(batches, index):
                     self.step_clients(plan, chunk, step, (begin, end), batch, keys, clock, index, uploads)
-        self.check_trained(plan, chunk.params, chunk.mask)
+            if plan.drop_non_finite and (lost := self.unsound(plan, chunk, clock, uploads)):
+                places = [at for at in range(len(numbers)) if at not in lost]
+                if not places:
+                    return
+                chunk, numbers = chunk.only(places), [numbers[at] for at in places]
+                batches, keys = [batches[at] for at in places], {n: k[places] for n, k in keys.items()}
+        self.check_chunk(plan, chunk)
         self.readjust(plan, chunk, clock._replace(epoch=epochs), batches)
         if self.collects_score(plan):
             for at, own_batches in enumerate(batches):
                 self.add_score(plan, chunk.one(at), own_batches, uploads)
         self.upload(plan, chunk, uploads)
+
+    def unsound(self, plan: Plan, chunk: Chunk, clock: Clock, uploads: Uploads) -> set[int]:
+        """Places of clients whose loss or model is not finite after an epoch; they have given up."""
+        tensors = (*chunk.params.values(), *chunk.carry.buffers.values(), chunk.measured["loss"])
+        lost = {at for at, good in enumerate(finite(*tensors).tolist()) if not good}
+        for at in sorted(lost):
+            self.give_up(plan, chunk.clients[at], clock, uploads)
+        return lost
+
+    def check_chunk(self, plan: Plan, chunk: Chunk) -> None:
+        """The contract of local training; a breach names the client."""
+        try:
+            self.check_trained(plan, chunk.params, chunk.mask)
+        except ContractError:
+            for at, client in enumerate(chunk.clients):
+                self.hooks.at, own = (plan.clock.round, client.number), chunk.one(at)
+                self.check_trained(plan, own.params, own.mask)
+            raise
 
     def groups(self, batches: Sequence[Sequence[Batch]], index: int) -> Iterator[tuple[int, int, Batch]]:
         """The stacked minibatches of a step, with the range of the clients that they belong to."""
@@ -140,8 +184,11 @@ class Vectorised(Executor):
                 (stepped.params, stepped.carry),
             )
         sizes = (batch.targets != IGNORED).sum(1)
-        sums = {name: (value.double() * sizes).sum() for name, value in stepped.metrics.items()}
-        uploads.add(uploads.metrics, sums)
+        sums = {name: value.double() * sizes for name, value in stepped.metrics.items()}
+        if plan.drop_non_finite:
+            chunk.measure(first, sums)
+            return
+        uploads.add(uploads.metrics, {name: value.sum() for name, value in sums.items()})
         uploads.steps_weight += sum(self.batch_size(client.number, index) for client in chunk.clients[first])
 
     def batch_size(self, number: int, index: int) -> int:
@@ -202,6 +249,9 @@ class Vectorised(Executor):
         if self.contracts:
             self.contracts.summed(self.hooks.where("contribute"), sums, uploads.sums)
         uploads.add(uploads.sums, sums)
+        if plan.drop_non_finite:
+            uploads.add(uploads.metrics, {name: value.sum() for name, value in chunk.measured.items()})
+            uploads.steps_weight += int(sum(sizes)) * self.task.federation.local_epochs
         for at in range(len(chunk.clients)):
             self.account(plan, chunk.one(at), _pick(contributions, at), uploads)
 

@@ -74,23 +74,27 @@ class Workers:
         return [float(total) for total in parts[-1].tolist()]
 
     def same_form(self, uploads: Uploads, idle: bool) -> None:
-        """Gives a worker without clients zeros of the form of the first one's sums; `idle`: there is one."""
+        """Gives a worker without uploads zeros of the form of another's sums; `idle`: there may be one."""
         if self.size == 1 or not idle:
             return
-        form = [uploads.form() if self.rank == 0 else None]
-        with _NamingTheLost():
-            dist.broadcast_object_list(form)
-        if not uploads.sums and form[0] is not None:
-            uploads.take_form(form[0])
+        forms = [form for form in self.gathered(uploads.form()) if form is not None]
+        if forms and not uploads.sums:
+            uploads.take_form(forms[0])
 
     def rows(self, rows: dict[int, Any]) -> dict[int, Any]:
         """The rows of clients that any worker trained."""
         if self.size == 1:
             return rows
-        gathered: list[dict[int, Any]] = [{}] * self.size
+        return {client: row for part in self.gathered(rows) for client, row in part.items()}
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What each worker has, plain values and tensors of the host, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
         with _NamingTheLost():
-            dist.all_gather_object(gathered, rows)
-        return {client: row for part in gathered for client, row in part.items()}
+            dist.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Returns when every worker is here."""

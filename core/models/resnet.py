@@ -18,8 +18,8 @@ _BLOCKS = 2
 class ResNet18(Architecture):
     """ResNet-18 with a 3x3 stem of stride 1 and no first pooling: 20 convolutions and `fc`.
 
-    11,173,962 parameters on CIFAR-10. Source: the PFFDST code. Height and width from 8 pixels; at 8, batch
-    normalisation of a batch of a single image has one value a channel, which torch refuses to train on.
+    11,173,962 parameters on CIFAR-10. Source: the PFFDST code. Height and width from 8 pixels; at 8, a batch
+    of a single image has one value a channel, which batch normalisation takes by its running statistics.
     """
 
     norm: Literal["batch", "group"] = Field(

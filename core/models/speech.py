@@ -19,8 +19,8 @@ class SpeechResNet18(ResNet18):
     def build(self, input_shape: tuple[int, int, int], classes: int) -> nn.Module:
         """The layers of resnet18.
 
-        Width (time) is halved five times. From 33 on more than one value is left, without which torch
-        refuses to train batch normalisation on a batch of a single clip.
+        Width (time) is halved five times. From 33 on more than one value is left, so that batch normalisation
+        has something to normalise in a batch of a single clip.
         """
         if input_shape[2] < 33:
             raise unsuited(
