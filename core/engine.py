@@ -38,6 +38,7 @@ class Engine:
             torch.set_num_threads(self.config.execution.threads)
             keep_freed_memory()
         self.params, self.buffers = task.initial()
+        self.hooks.object(self.config, self.buffers)
         self.prunable = tuple(layer.name for layer in task.layers)
         self.contracts = Contracts(self.params, self.prunable) if self.config.execution.contracts else None
         execution = self.config.execution
@@ -83,7 +84,7 @@ class Engine:
             self.contracts.budget(where, mask, budget, self.hooks.promise("mask_init"))
         masked = masks.apply(params, mask)
         if self.config.sparsity.rescale_init:
-            masked |= {name: rescaled(params[name], masked[name]) for name in mask}
+            masked |= {name: masks.rescaled(params[name], masked[name]) for name in mask}
         none = {name: torch.zeros_like(m) for name, m in mask.items()}
         return ServerState(0, masked, self.buffers, mask, none)
 
@@ -121,6 +122,7 @@ class Engine:
         """Adds up what all workers have; whether one of them was asked to end the run."""
         numbers = [uploads.samples, uploads.steps_weight, *self.ledger.round, float(self.stop)]
         self.workers.same_form(uploads, idle=len(set(clients)) < self.workers.size)
+        self.workers.gather(uploads, clients)
         samples, steps, *tally, stop = self.workers.add(uploads.tensors(), numbers)
         uploads.samples, uploads.steps_weight = round(samples), round(steps)
         self.ledger.end_round(tally, clients)
@@ -257,6 +259,8 @@ class Engine:
         """The round's line of `metrics.jsonl`, without its seconds."""
         line = measured(state, before, self.sent(state), self.prunable, uploads, clock)
         line |= {**self.ledger.metrics(), "clients": clients, "samples": uploads.samples}
+        counts = {"cohort": self.config.federation.clients_per_round, "arrived": len(clients)}
+        line |= self.hooks.measure(state, clock, **counts, pool=self.task.partition.clients)
         every = self.config.output.evaluate_every
         if (clock.round + 1) % every == 0 or clock.round + 1 == clock.rounds:
             line |= evaluate(self.task, self.loss, state.params, state.buffers, state.mask)
@@ -282,10 +286,3 @@ class Engine:
     def key(self, *path: str | int) -> torch.Tensor:
         """The key of a server stream."""
         return rng.key(self.config.seed, *path, device=self.task.device)
-
-
-def rescaled(dense: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """The masked tensor with the norm that it had when dense."""
-    before: torch.Tensor = torch.linalg.vector_norm(dense)
-    after: torch.Tensor = torch.linalg.vector_norm(masked)
-    return masked * torch.where(after > 0, before / after, 0.0)
