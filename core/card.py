@@ -110,7 +110,10 @@ def _parts(result: Result) -> Section:
     tables, said = result.config["method"], result.summary.get("parts", {})
     rows = [(slot, tables[slot]["use"], _own(tables[slot]), said.get(slot, UNKNOWN)) for slot in SLOTS]
     extras = tables.get("extras", {})
-    rows += [("extras", name, _own(extras[name]), said.get(name, UNKNOWN)) for name in extras]
+    rows += [
+        ("extras", table.get("use", name), _own(table), said.get(name, UNKNOWN))
+        for name, table in extras.items()
+    ]
     return Section("Parts", ("slot", "part", "settings", "what it does"), rows)
 
 

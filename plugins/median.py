@@ -7,8 +7,8 @@ ones. Clients count alike, whatever their samples: those with many would be wort
 Sparse masks (our reading; the paper is dense): where clients have moved their masks, a weight's median is over
 the clients that hold it, and one that dropped it casts no zero. A weight that at most half of them hold has
 no value that a few could not have set: it takes 0, as a weight that is newly grown. The next mask is what
-more than half hold, pruned to the budget by magnitude as FedDST prunes; room that is left goes to those of the
-others with the most votes, which so start afresh. Frozen weights stay. So hostile clients set no value while
+more than half hold, pruned to the budget by magnitude as FedDST prunes; room that is left goes to the others
+with the most votes, which so start afresh. Frozen weights stay. So hostile clients set no value while
 they are fewer than half (where masks move: a quarter) of the round's, but they do vote for masks. Buffers
 (running statistics) and the scores of server-side growth remain means, which one client can move.
 
@@ -32,7 +32,7 @@ from ..core.part import Part
 from ..core.state import Aggregated, Masks, Memory, Params, Sums
 
 Centre = Callable[[Tensor, Tensor], Tensor]
-"""From values sorted along the clients (clients, …) and how many of the first count, int64 (…), at least 1."""
+"""From values sorted along the clients (clients, …), of which the first count, int64 (…), at least 1."""
 
 
 def opened(params: Params, mask: Masks, moved: bool) -> Sums:

@@ -17,7 +17,20 @@ from ..contracts import Contracts, versions
 from ..dropout import drops
 from ..ledger import Ledger
 from ..loss import ClientLoss, ModelLoss
-from ..state import Batch, Carry, Clock, Masks, Memory, Params, Readjusted, Scores, Stepped, Sums, Uploaded, moved_to
+from ..state import (
+    Batch,
+    Carry,
+    Clock,
+    Masks,
+    Memory,
+    Params,
+    Readjusted,
+    Scores,
+    Stepped,
+    Sums,
+    Uploaded,
+    moved_to,
+)
 from ..task import Task
 from .exchange import Plan, Uploads
 from .step import Settings, Step, offered
