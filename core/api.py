@@ -29,9 +29,10 @@ def run(
     """Trains with a method in this process and returns what the run wrote.
 
     `plugin` is a name or a file's path, `swaps` are by slot, as `{"readjust": "feddst"}`, `extras` parts
-    beside the slots, as `["privacy"]`, `configs` presets or TOML files. A setting's dotted path is written with two underscores, or given as a table:
-    `federation__rounds=20`, `seed=1`, `sparsity={"target": 0.9}`. `out` is a new or empty folder; None makes
-    one under `runs/`. `progress` shows a bar (True), or is called with each round's metrics.
+    beside the slots, as `["privacy"]`, `configs` presets or TOML files. A setting's dotted path is written
+    with two underscores, or given as a table: `federation__rounds=20`, `seed=1`, `sparsity={"target": 0.9}`.
+    `out` is a new or empty folder; None makes one under `runs/`. `progress` shows a bar (True), or is called
+    with each round's metrics.
 
     Ctrl-C (interrupting the kernel of a notebook) ends the run after its round; what was recorded stays.
     Raises ConfigError for wrong settings, all at once, and RunError for what goes wrong in the run.

@@ -46,6 +46,7 @@ def card(result: Result) -> list[Section]:
             _parts(result),
             _sparsity(result),
             *_layers(result),
+            *_privacy(result),
             _federation(result),
             _optimiser(result),
             _costs(result),
@@ -170,6 +171,19 @@ def _mask(result: Result) -> list[tuple[tuple[str, tuple[int, ...]], int, int]]:
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot read {path}: {error}") from None
     return found
+
+
+def _privacy(result: Result) -> list[Section]:
+    """What the run's accountant promises, if it has one."""
+    final = _figures(result)
+    if final.get("epsilon") is None:
+        return []
+    rows = [
+        ("ε", f"{final['epsilon']:.4g} after {len(result.rounds):,} rounds"),
+        ("δ", f"{final['delta']:g}"),
+    ]
+    note = "For clients: one client's training data replaced. What is not covered is in the part's plugin."
+    return [_facts("Differential privacy", rows, note)]
 
 
 def _federation(result: Result) -> Section:

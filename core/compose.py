@@ -191,6 +191,10 @@ class Hooks:
             kept = state.memory.get("extras", {})
             name = hook.where.part
             made = self.ask(hook, Measured, clock=clock, memory=kept.get(name, {}), **counts)
+            wrong = [key for key, value in made.metrics.items() if not isinstance(value, int | float)]
+            if wrong or metrics.keys() & made.metrics.keys():
+                names = wrong or sorted(metrics.keys() & made.metrics.keys())
+                raise hook.where.breach(f"returned {names}; expected numbers, by names that no part has yet")
             metrics |= made.metrics
             state.memory["extras"] = {**kept, name: made.memory}
         return metrics

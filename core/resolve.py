@@ -88,7 +88,8 @@ def resolve(
 ) -> Resolved:
     """Validates a run. Later wins: defaults, the method's preset, `configs`, `swaps`, `sets`, `layers`.
 
-    `extras` are PLUGIN or PLUGIN:Part, parts beside those of the method. Raises ConfigError with every problem found.
+    `extras` are PLUGIN or PLUGIN:Part, parts beside those of the method. Raises ConfigError with every
+    problem found.
     """
     registry = registry or Registry()
     problems: list[Problem] = []
@@ -294,8 +295,8 @@ def _extras(
     Full names of the latter go into `added`.
     """
     parts: dict[str, Part | type[Part]] = {}
-    for part in plugin.method.extras if plugin.method else ():
-        parts[type(part).__name__] = part
+    for brought in plugin.method.extras if plugin.method else ():
+        parts[type(brought).__name__] = brought
     if not isinstance(tables, dict):
         refuse("method.extras", f"given {tables!r}; expected tables by part name")
         return ()

@@ -1,16 +1,16 @@
 """Coordinate-wise median (Yin et al., ICML 2018, arXiv 1803.01498): a minority of clients moves nothing far.
 
 Each weight of the next model is the median of the clients' values, the mean of the two middle ones if they
-are even in number. With fewer than half of a weight's clients faulty or hostile it lies between values of honest
-ones. Clients count alike, whatever their samples: those with many would be worth capturing.
+are even in number. With fewer than half of a weight's clients faulty or hostile it lies between values of
+honest ones. Clients count alike, whatever their samples: those with many would be worth capturing.
 
-Sparse masks (our reading; the paper is dense): where clients have moved their masks, a weight's median is over
-the clients that hold it, and one that dropped it casts no zero. A weight that at most half of them hold has
-no value that a few could not have set: it takes 0, as a weight that is newly grown. The next mask is what
+Sparse masks (our reading; the paper is dense): where clients have moved their masks, a weight's median is
+over the clients that hold it, and one that dropped it casts no zero. A weight that at most half of them hold
+has no value that a few could not have set: it takes 0, as a weight that is newly grown. The next mask is what
 more than half hold, pruned to the budget by magnitude as FedDST prunes; room that is left goes to the others
-with the most votes, which so start afresh. Frozen weights stay. So hostile clients set no value while
-they are fewer than half (where masks move: a quarter) of the round's, but they do vote for masks. Buffers
-(running statistics) and the scores of server-side growth remain means, which one client can move.
+with the most votes, which so start afresh. Frozen weights stay. So hostile clients set no value while they
+are fewer than half (where masks move: a quarter) of the round's, but they do vote for masks. Buffers (running
+statistics) and the scores of server-side growth remain means, which one client can move.
 
 Memory: the contributions of all the round's clients at once on every worker, in float32, and at the end about
 five times the largest tensor's stack.

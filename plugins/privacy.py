@@ -2,28 +2,28 @@
 
 Each client scales its update Δ, over all trainable values that exist for it, to an L2 norm of at most `clip`
 = C, and adds N(0, (zC)²/K) to each of them, K clients a round; so the sum over a round has noise of standard
-deviation zC. As an extra it goes into every method (`--extra privacy`). With z = `noise_multiplier` = 0 it only
-clips, which bounds what a single client can do, and promises no privacy.
+deviation zC. As an extra it goes into every method (`--extra privacy`). With z = `noise_multiplier` = 0 it
+only clips, which bounds what a single client can do, and promises no privacy.
 
 What is promised (`accounting = "strict"`): (ε, δ)-differential privacy of clients. Two runs are neighbours if
 one client's training data is replaced by other data. Replacing a client moves the sum by up to 2C, so the
 accountant's noise multiplier is z/2; a round samples K of N clients uniformly without replacement, and the
-rounds compose by Rényi differential privacy (dp_accounting; Wang, Balle, Kasiviswanathan, AISTATS 2019).
-The promise is for who sees the models, the masks made from them, and ε. It takes a server that sees only the
-sum (secure aggregation) and does not tell who was sampled. Clients that fail cost noise; ε then says so, if they
+rounds compose by Rényi differential privacy (dp_accounting; Wang, Balle, Kasiviswanathan, AISTATS 2019). The
+promise is for who sees the models, the masks made from them, and ε. It takes a server that sees only the sum
+(secure aggregation) and does not tell who was sampled. Clients that fail cost noise; ε then says so, if they
 failed for reasons other than their data. Clients count alike: weights by samples would break the bound.
 
 What is not covered: test data, on which accuracies are measured; `metrics.jsonl` (losses, who was sampled,
-counts of samples and bytes), which is the experimenter's; the choice of hyper-parameters. This is a simulation:
-noise is drawn in float32 from keyed streams, so whoever knows the seed can take it away. Methods that let more
-than the noisy sum out are refused with what to change: masks or scores that clients choose by their data, a
-first mask from gradients of their data, other aggregations than means, buffers (BatchNorm's running
-statistics), sampling with replacement. `accounting = "off"` adds the noise to any method, weighs clients as the
-method does, and promises nothing.
+counts of samples and bytes), which is the experimenter's; the choice of hyper-parameters. This is a
+simulation: noise is drawn in float32 from keyed streams, so whoever knows the seed can take it away. Methods
+that let more than the noisy sum out are refused with what to change: masks or scores that clients choose by
+their data, a first mask from gradients of their data, other aggregations than means, buffers (BatchNorm's
+running statistics), sampling with replacement. `accounting = "off"` adds the noise to any method, weighs
+clients as the method does, and promises nothing.
 
 Fidelity: McMahan et al. draw the cohort by Poisson sampling and clip per layer or whole; here it has a fixed
-size, and clipping is whole. On the server their noise is added once, here by the clients in shares; the sum is
-the same. Values off the mask and frozen ones are neither clipped nor noised, and count in no norm.
+size, and clipping is whole. On the server their noise is added once, here by the clients in shares; the sum
+is the same. Values off the mask and frozen ones are neither clipped nor noised, and count in no norm.
 """
 
 from __future__ import annotations
@@ -115,8 +115,14 @@ class GaussianMechanism(Part):
 
 def leaks(method: Method, config: RunConfig, buffers: Any) -> list[tuple[str, str]]:
     """What lets more out than the noisy sum, each with what to change."""
+    given = config.method
     readjust, aggregate, first = (
-        type(part) for part in (method.readjust, method.aggregate, method.mask_init)
+        type(part or default)
+        for part, default in (
+            (method.readjust, given.readjust),
+            (method.aggregate, given.aggregate),
+            (method.mask_init, given.mask_init),
+        )
     )
     found = []
     if "probe" in first.takes("mask_init"):
@@ -172,7 +178,7 @@ def divergence(cohort: int, pool: int, noise_multiplier: float) -> tuple[float, 
     from dp_accounting import rdp
 
     accountant = rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
-    # its multiplier is relative to the sensitivity, and another client in the place of one moves the sum by 2C
+    # its multiplier is relative to the sensitivity: with one client replaced the sum moves by up to 2C
     event = dp.GaussianDpEvent(noise_multiplier / 2)
     accountant.compose(dp.SampledWithoutReplacementDpEvent(pool, cohort, event))
     return tuple(map(float, accountant.rdp))
