@@ -46,7 +46,7 @@ def card(result: Result) -> list[Section]:
             _parts(result),
             _sparsity(result),
             *_layers(result),
-            *_privacy(result),
+            *_promise(result),
             _federation(result),
             _optimiser(result),
             _costs(result),
@@ -173,7 +173,7 @@ def _mask(result: Result) -> list[tuple[tuple[str, tuple[int, ...]], int, int]]:
     return found
 
 
-def _privacy(result: Result) -> list[Section]:
+def _promise(result: Result) -> list[Section]:
     """What the run's accountant promises, if it has one."""
     final = _figures(result)
     if final.get("epsilon") is None:
@@ -182,8 +182,8 @@ def _privacy(result: Result) -> list[Section]:
         ("ε", f"{final['epsilon']:.4g} after {len(result.rounds):,} rounds"),
         ("δ", f"{final['delta']:g}"),
     ]
-    note = "For clients: one client's training data replaced. What is not covered is in the part's plugin."
-    return [_facts("Differential privacy", rows, note)]
+    note = "For runs that differ in one client's training data; `plugins show` says what is not covered."
+    return [_facts("Promise to clients (ε, δ)", rows, note)]
 
 
 def _federation(result: Result) -> Section:
