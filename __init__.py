@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Clock,
         Frozen,
         Masks,
+        Measured,
         Memory,
         Params,
         Readjusted,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         ServerState,
         Stepped,
         Sums,
+        Uploaded,
     )
 
 _HOMES = {
@@ -68,6 +70,7 @@ _HOMES = {
             "Clock",
             "Frozen",
             "Masks",
+            "Measured",
             "Memory",
             "Params",
             "Readjusted",
@@ -76,6 +79,7 @@ _HOMES = {
             "ServerState",
             "Stepped",
             "Sums",
+            "Uploaded",
         ],
         ".core.state",
     ),
@@ -94,6 +98,7 @@ __all__ = [
     "Frozen",
     "Layer",
     "Masks",
+    "Measured",
     "Memory",
     "Method",
     "Params",
@@ -108,6 +113,7 @@ __all__ = [
     "Stepped",
     "Sums",
     "Traffic",
+    "Uploaded",
     "hookimpl",
     "masks",
     "optim",

@@ -334,6 +334,7 @@ def ablate(
         chosen.configs,
         chosen.sets,
         swaps=chosen.swaps,
+        extras=chosen.extras,
         grid=grid,
         slots=slots,
         seeds=seeds,

@@ -174,6 +174,7 @@ class Settings:
     swaps: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()
     seed: int | None = None
+    extras: tuple[str, ...] = ()
     registry: Registry = field(default_factory=Registry)
 
     def resolve(self) -> Resolved:
@@ -183,7 +184,13 @@ class Settings:
 
         layers = [] if self.seed is None else [Layer("--seed", {"seed": self.seed})]
         return resolve(
-            self.plugin, self.configs, self.swaps, self.sets, layers=layers, registry=self.registry
+            self.plugin,
+            self.configs,
+            self.swaps,
+            self.sets,
+            extras=self.extras,
+            layers=layers,
+            registry=self.registry,
         )
 
 
@@ -194,11 +201,12 @@ def settings(command: Callable[..., Any]) -> Callable[..., Any]:
         plugin: str | None,
         configs: tuple[str, ...],
         swaps: tuple[str, ...],
+        extras: tuple[str, ...],
         sets: tuple[str, ...],
         seed: int | None,
         **others: Any,
     ) -> Any:
-        return command(Settings(plugin, configs, swaps, sets, seed), **others)
+        return command(Settings(plugin, configs, swaps, sets, seed, extras), **others)
 
     gathered.__doc__, gathered.__name__ = command.__doc__, command.__name__
     gathered.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
@@ -218,6 +226,14 @@ def settings(command: Callable[..., Any]) -> Callable[..., Any]:
             multiple=True,
             type=SWAP,
             help="Fill a slot with another plugin's part: readjust=feddst or readjust=feddst:Regrow.",
+        ),
+        click.option(
+            "--extra",
+            "extras",
+            multiple=True,
+            type=PLUGIN,
+            metavar="PLUGIN[:PART]",
+            help="Add a part that fills no slot: privacy clips and noises what clients send. Repeatable.",
         ),
         click.option(
             "--set",

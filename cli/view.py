@@ -144,7 +144,12 @@ def header(engine: Engine, folder: RunFolder) -> list[str]:
     (least, most), federation = task.partition.train_range, config.federation
     uses = {slot: resolved.uses[f"method.{slot}"] for slot in SLOTS}
     parts = [f"{slot}={use}" for slot, use in uses.items() if not use.startswith(f"{DEFAULT_PLUGIN}:")]
-    rest = f"{DEFAULT_PLUGIN}'s parts" if len(parts) < len(uses) else ""
+    parts += [f"extra={use}" for use in resolved.extras.values()]
+    rest = (
+        f"{DEFAULT_PLUGIN}'s parts"
+        if any(use.startswith(f"{DEFAULT_PLUGIN}:") for use in uses.values())
+        else ""
+    )
     weights = sum(layer.weights for layer in task.layers)
     lines = [
         f"[bold]{escape(resolved.method.name):<7}[/bold] {escape(', '.join(filter(None, [*parts, rest])))}",
@@ -209,4 +214,6 @@ ROWS = (
     ("download_bytes_total", "downloaded", _megabytes),
     ("paper_bytes_total", "both, by the paper's formula", _megabytes),
     ("flops_total", "training FLOPs", lambda value: f"{value:.3g}"),
+    ("epsilon", "privacy ε of clients", lambda value: f"{value:.3g}"),
+    ("delta", "privacy δ", lambda value: f"{value:g}"),
 )

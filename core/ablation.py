@@ -99,6 +99,7 @@ def plan(
     sets: Sequence[str] = (),
     *,
     swaps: Sequence[str] = (),
+    extras: Sequence[str] = (),
     grid: Sequence[str] = (),
     slots: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2),
@@ -108,8 +109,8 @@ def plan(
     """Plans the base, the base with each swap alone, and that for every combination of the grid and seed.
 
     `swaps` are SLOT=PLUGIN[:Part], `grid` PATH=VALUE,VALUE; `slots` ("all", or names) are swapped, each
-    alone, for the default method's part, unless they hold it. `configs` and `sets` are the base's settings;
-    a swapped part has its own defaults. `metric` is a number of `final` in `summary.json`.
+    alone, for the default method's part, unless they hold it. `configs`, `sets` and `extras` are the
+    base's settings; a swapped part has its own defaults. `metric` is a number of `final` in `summary.json`.
     Raises ConfigError with every problem found.
     """
     from .config import Layer
@@ -144,7 +145,7 @@ def plan(
         layers = [_at(path, value) for path, value in point.items()]
         layers += [variant.layer] if variant.layer else []  # after the base's settings, which it drops
         layers += [Layer("--seeds", {"seed": seed})]
-        return resolve(plugin, configs, sets=sets, layers=layers, registry=registry)
+        return resolve(plugin, configs, sets=sets, extras=extras, layers=layers, registry=registry)
 
     found: dict[tuple[str, int], Resolved] = {}
     for number, point in enumerate(points):

@@ -20,6 +20,7 @@ def run(
     plugin: str = "",
     *,
     swaps: Mapping[str, str] | None = None,
+    extras: Sequence[str] = (),
     configs: Sequence[str | Path] = (),
     out: str | Path | None = None,
     progress: bool | Callable[[Mapping[str, Any]], object] = False,
@@ -27,10 +28,11 @@ def run(
 ) -> Result:
     """Trains with a method in this process and returns what the run wrote.
 
-    `plugin` is a name or a file's path, `swaps` are by slot, as `{"readjust": "feddst"}`, `configs` presets
-    or TOML files. A setting's dotted path is written with two underscores, or given as a table:
-    `federation__rounds=20`, `seed=1`, `sparsity={"target": 0.9}`. `out` is a new or empty folder; None makes
-    one under `runs/`. `progress` shows a bar (True), or is called with each round's metrics.
+    `plugin` is a name or a file's path, `swaps` are by slot, as `{"readjust": "feddst"}`, `extras` parts
+    beside the slots, as `["privacy"]`, `configs` presets or TOML files. A setting's dotted path is written
+    with two underscores, or given as a table: `federation__rounds=20`, `seed=1`, `sparsity={"target": 0.9}`.
+    `out` is a new or empty folder; None makes one under `runs/`. `progress` shows a bar (True), or is called
+    with each round's metrics.
 
     Ctrl-C (interrupting the kernel of a notebook) ends the run after its round; what was recorded stays.
     Raises ConfigError for wrong settings, all at once, and RunError for what goes wrong in the run.
@@ -39,7 +41,9 @@ def run(
 
     given = Layer("fedsparse.run", expand(nested(settings)))
     swapped = [f"{slot}={use}" for slot, use in (swaps or {}).items()]
-    resolved = resolve(plugin or None, [str(config) for config in configs], swapped, layers=[given])
+    resolved = resolve(
+        plugin or None, [str(config) for config in configs], swapped, extras=extras, layers=[given]
+    )
     folder: list[Path] = []
     with _watching(progress, resolved) as watch:
         runner.run(

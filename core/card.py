@@ -46,6 +46,7 @@ def card(result: Result) -> list[Section]:
             _parts(result),
             _sparsity(result),
             *_layers(result),
+            *_promise(result),
             _federation(result),
             _optimiser(result),
             _costs(result),
@@ -110,7 +111,10 @@ def _parts(result: Result) -> Section:
     tables, said = result.config["method"], result.summary.get("parts", {})
     rows = [(slot, tables[slot]["use"], _own(tables[slot]), said.get(slot, UNKNOWN)) for slot in SLOTS]
     extras = tables.get("extras", {})
-    rows += [("extras", name, _own(extras[name]), said.get(name, UNKNOWN)) for name in extras]
+    rows += [
+        ("extras", table.get("use", name), _own(table), said.get(name, UNKNOWN))
+        for name, table in extras.items()
+    ]
     return Section("Parts", ("slot", "part", "settings", "what it does"), rows)
 
 
@@ -167,6 +171,19 @@ def _mask(result: Result) -> list[tuple[tuple[str, tuple[int, ...]], int, int]]:
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot read {path}: {error}") from None
     return found
+
+
+def _promise(result: Result) -> list[Section]:
+    """What the run's accountant promises, if it has one."""
+    final = _figures(result)
+    if final.get("epsilon") is None:
+        return []
+    rows = [
+        ("ε", f"{final['epsilon']:.4g} after {len(result.rounds):,} rounds"),
+        ("δ", f"{final['delta']:g}"),
+    ]
+    note = "For runs that differ in one client's training data; `plugins show` says what is not covered."
+    return [_facts("Promise to clients (ε, δ)", rows, note)]
 
 
 def _federation(result: Result) -> Section:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 import torch
 from torch import Tensor, nn
 
 from .contracts import Where, versions
-from .errors import ConfigError, FedsparseError, RunError, nearest
+from .errors import ConfigError, FedsparseError, Problem, RunError, nearest
 from .hookspecs import PROJECT, SLOTS, Extras, hooks_of
 from .ledger import Traffic
 from .loss import ModelLoss
 from .method import Method
 from .part import KNOWN, PROMISES, Part, is_hook
 from .registry import describe
-from .state import Masks, Params
+from .state import Clock, Masks, Measured, Params, ServerState
+
+if TYPE_CHECKING:
+    from .config import RunConfig
 
 
 def copied(value: Any) -> Any:
@@ -77,9 +80,11 @@ class Hooks:
     method: Method
     manager: pluggy.PluginManager
     found: dict[str, Hook]
+    extras: dict[str, tuple[Hook, ...]]
     site: str
     score_batches: int
     sends: str
+    gathered: bool
     at: tuple[int | None, int | None] = field(default=(None, None))
 
     def get(self, name: str) -> Hook | None:
@@ -97,11 +102,19 @@ class Hooks:
 
     def call(self, name: str, expected: type[Result], **offered: Any) -> Result:
         """Calls an implemented hook with copies of the dicts; it may write into no tensor."""
-        where = self.where(name)
+        return self.ask(self.found[name], expected, **offered)
+
+    def each(self, name: str) -> tuple[Hook, ...]:
+        """Every implementation of an extra hook, in the order of the parts."""
+        return self.extras.get(name, ())
+
+    def ask(self, hook: Hook, expected: type[Result], **offered: Any) -> Result:
+        """`call` of one implementation."""
+        where = hook.where._replace(round=self.at[0], client=self.at[1])
         offered = {key: copied(value) for key, value in offered.items()}
         given = {key: offered[key] for key in ("params", "mask", "frozen", "anchor") if key in offered}
         before = versions(*given.values())
-        result = self.found[name](expected, where, **offered)
+        result = hook(expected, where, **offered)
         if versions(*given.values()) != before:
             raise where.breach(f"wrote into a tensor of its arguments ({', '.join(given)}); return new ones")
         return result
@@ -158,7 +171,33 @@ class Hooks:
 
     def has_extra(self, name: str) -> bool:
         """Whether any part implements an extra hook."""
-        return bool(getattr(self.manager.hook, name).get_hookimpls())
+        return name in self.extras
+
+    def object(self, config: RunConfig, buffers: Iterable[str] | None = None) -> None:
+        """Asks every part that may object to a run. Raises ConfigError with all that they say."""
+        names = None if buffers is None else tuple(buffers)
+        problems = [
+            Problem(f"method.extras.{hook.where.part}", text)
+            for hook in self.each("objections")
+            for text in self.ask(hook, list, method=self.method, config=config, buffers=names)
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+    def measure(self, state: ServerState, clock: Clock, **counts: int) -> dict[str, float]:
+        """The numbers that parts add to a round's record; their memory goes into the state."""
+        metrics: dict[str, float] = {}
+        for hook in self.each("round_metrics"):
+            kept = state.memory.get("extras", {})
+            name = hook.where.part
+            made = self.ask(hook, Measured, clock=clock, memory=kept.get(name, {}), **counts)
+            wrong = [key for key, value in made.metrics.items() if not isinstance(value, int | float)]
+            if wrong or metrics.keys() & made.metrics.keys():
+                names = wrong or sorted(metrics.keys() & made.metrics.keys())
+                raise hook.where.breach(f"returned {names}; expected numbers, by names that no part has yet")
+            metrics |= made.metrics
+            state.memory["extras"] = {**kept, name: made.memory}
+        return metrics
 
 
 def compose(method: Method) -> Hooks:
@@ -179,12 +218,16 @@ def compose(method: Method) -> Hooks:
             manager.register(part, name=f"{part.slot()}:{type(part).__name__}")
         except (pluggy.PluginValidationError, ValueError) as error:
             raise ConfigError(f"method {method.name}, part {type(part).__name__}: {error}") from None
-    found = {}
-    for slot, spec in SLOTS.items():
+    found, extras = dict[str, Hook](), dict[str, tuple[Hook, ...]]()
+    for slot, spec in {**SLOTS, "extras": Extras}.items():
         for name in hooks_of(spec):
             for impl in getattr(manager.hook, name).get_hookimpls():
                 where = Where(method.name, type(impl.plugin).__name__, slot, name)
-                found[name] = Hook(where, impl.function, tuple(impl.argnames))
+                hook = Hook(where, impl.function, tuple(impl.argnames))
+                if slot == "extras":
+                    extras[name] = (*extras.get(name, ()), hook)
+                else:
+                    found[name] = hook
     try:
         manager.check_pending()
     except pluggy.PluginValidationError as error:
@@ -195,6 +238,9 @@ def compose(method: Method) -> Hooks:
     sends = getattr(method.aggregate, "sends", "mask")
     if sends not in SENDS:
         raise ConfigError(f"method {method.name}: sends is {sends!r}. Allowed: {', '.join(SENDS)}")
+    gathered = getattr(method.aggregate, "gathered", False)
+    if not isinstance(gathered, bool):
+        raise ConfigError(f"method {method.name}: gathered is {gathered!r}; expected True or False")
     for part in method.parts():
         for slot, partner in part.needs.items():
             other = type(method.part(slot)).__name__
@@ -219,7 +265,7 @@ def compose(method: Method) -> Hooks:
             f"method {method.name}: {', '.join(growing)} grows weights at 0, which the local step of "
             f"{type(method.local_step).__name__} can never move; swap one of them"
         )
-    hooks = Hooks(method, manager, found, _site(method), batches, sends)
+    hooks = Hooks(method, manager, found, extras, _site(method), batches, sends, gathered)
     for needed in ("mask_init", "local_step", "contribute", "aggregate"):
         if needed not in found:
             filling = method.part(KNOWN[needed])

@@ -39,6 +39,7 @@ class Engine:
             torch.set_num_threads(self.config.execution.threads)
             keep_freed_memory()
         self.params, self.buffers = task.initial()
+        self.hooks.object(self.config, self.buffers)
         self.prunable = tuple(layer.name for layer in task.layers)
         self.contracts = Contracts(self.params, self.prunable) if self.config.execution.contracts else None
         execution = self.config.execution
@@ -123,6 +124,7 @@ class Engine:
         """Adds up what all workers have; whether one of them was asked to end the run."""
         numbers = [uploads.samples, uploads.steps_weight, *self.ledger.round, float(self.stop)]
         self.workers.same_form(uploads, idle=self.faults.any or len(set(clients)) < self.workers.size)
+        self.workers.gather(uploads, clients)
         samples, steps, *tally, stop = self.workers.add(uploads.tensors(), numbers)
         uploads.samples, uploads.steps_weight = round(samples), round(steps)
         self.ledger.end_round(tally, clients)
@@ -251,6 +253,9 @@ class Engine:
         line = measured(state, before, self.sent(state), self.prunable, uploads, clock)
         line |= {**self.ledger.metrics(), "clients": clients, "samples": uploads.samples}
         line |= {"lost": uploads.lost} if uploads.lost else {}
+        cohort, lost = self.config.federation.clients_per_round, sum(map(len, uploads.lost.values()))
+        counts = {"cohort": cohort, "arrived": len(clients) - lost}
+        line |= self.hooks.measure(state, clock, **counts, pool=self.task.partition.clients)
         every = self.config.output.evaluate_every
         if (clock.round + 1) % every == 0 or clock.round + 1 == clock.rounds:
             line |= evaluate(self.task, self.loss, state.params, state.buffers, state.mask)

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .budget import Budget
+    from .config import RunConfig
     from .ledger import Traffic
     from .loss import ClientLoss, Probe
+    from .method import Method
     from .state import (
         Aggregated,
         Batch,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
         Clock,
         Frozen,
         Masks,
+        Measured,
         Memory,
         Params,
         Readjusted,
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
         Scores,
         Stepped,
         Sums,
+        Uploaded,
     )
 
 PROJECT = "fedsparse"
@@ -211,7 +215,8 @@ class Aggregate:
         round: whether they readjust in it, so that masks may differ from the server's. Buffers are averaged
         by the engine. What is named "extra/…" is charged as sent beside the model. A part whose attribute
         `sends` is "support" (default "mask") sends what is not 0, both ways, and not all that the mask
-        allows (Top-K).
+        allows (Top-K). A part whose attribute `gathered` is True gets the contributions of all clients
+        stacked instead of added; every worker then holds as many of them as the round has clients.
         """
 
     @hookspec(firstresult=True)
@@ -228,6 +233,8 @@ class Aggregate:
     ) -> Aggregated:
         """Once a round: the next global model from the summed contributions; zero off the mask it returns.
 
+        For a `gathered` part `sums` holds them stacked, clients first, in the order in which they were
+        sampled, whatever the executor and the workers, and in the types that clients sent.
         `pool_samples` counts the training samples of all clients of the pool, sampled this round or not. The
         sums are of the clients that reported: fewer than were sampled, if `[faults]` says so. A round in
         which nobody did leaves the model as it is, without this hook and `readjust` at "server:end".
@@ -243,9 +250,44 @@ class Extras:
     def penalty(self, params: Params, anchor: Params) -> Tensor:
         """In every step: a 0-d term added to the training loss (FedProx is one line)."""
 
+    @hookspec
+    def upload(
+        self,
+        params: Params,
+        anchor: Params,
+        mask: Masks,
+        frozen: Masks,
+        weight: Tensor,
+        cohort: int,
+        key: Tensor,
+    ) -> Uploaded:
+        """For every client after its training, before `contribute`: what it sends in place of its model.
+
+        Several parts run one after another, as they are listed. `anchor` is what the client downloaded,
+        `mask` its own, `weight` what it counts in the aggregate: its training samples, 0-d, unless a part
+        before said otherwise; `cohort` counts the clients that a round samples. Zeros off the mask and
+        frozen values stay bit-identical. What the client itself keeps, its buffers and what `contribute`
+        takes from `carry` are not touched.
+        """
+
     @hookspec(firstresult=True)
     def paper_bytes(self, traffic: Traffic) -> float:
         """For every client and round: the bytes, both ways, by the paper's own formula."""
+
+    @hookspec
+    def round_metrics(self, clock: Clock, cohort: int, arrived: int, pool: int, memory: Memory) -> Measured:
+        """After every round: more numbers for its line of `metrics.jsonl`.
+
+        Of `pool` clients `cohort` are sampled a round, and the uploads of `arrived` were aggregated.
+        `memory` is the part's own, and checkpointed.
+        """
+
+    @hookspec
+    def objections(self, method: Method, config: RunConfig, buffers: tuple[str, ...] | None) -> list[str]:
+        """When a run is put together: why the part must not take part in it, and what to do; [] if it may.
+
+        Asked twice: before the model exists, when `buffers` is None, and then with the names of its buffers.
+        """
 
     @hookspec
     def on_run_begin(self, folder: Path, settings: Mapping[str, Any]) -> None:

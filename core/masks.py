@@ -121,6 +121,13 @@ def apply(params: Params, mask: Masks) -> Params:
     return {name: torch.where(mask[name], p, 0.0) if name in mask else p for name, p in params.items()}
 
 
+def rescaled(dense: Tensor, masked: Tensor) -> Tensor:
+    """The masked tensor with the norm that it had when dense."""
+    before: Tensor = torch.linalg.vector_norm(dense)
+    after: Tensor = torch.linalg.vector_norm(masked)
+    return masked * torch.where(after > 0, before / after, 0.0)
+
+
 def support(params: Params, mask: Masks) -> Masks:
     """Where the masked parameters are not 0."""
     return {name: m & (params[name] != 0) for name, m in mask.items()}
@@ -219,10 +226,3 @@ def largest_with_ties(params: Params, mask: Masks, count: int, frozen: Masks | N
     flat = torch.cat([size.flatten() for size in sizes.values()])
     threshold = kth_largest(flat, count)
     return {name: active & (sizes[name] >= threshold) for name, active in mask.items()}
-
-
-def rescaled(dense: Tensor, masked: Tensor) -> Tensor:
-    """The masked tensor with the norm that it had when dense."""
-    before: Tensor = torch.linalg.vector_norm(dense)
-    after: Tensor = torch.linalg.vector_norm(masked)
-    return masked * torch.where(after > 0, before / after, 0.0)

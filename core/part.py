@@ -35,6 +35,9 @@ class Part(Component):
     `moves_zeros` (local_step, a property or class attribute, True by default) — whether it can;
     `site` (readjust) — "client", "server:start" or "server:end" (the default); may be a field;
     `sends` (aggregate) — "mask" (the default) or "support", see the hook `contribute`;
+    `gathered` (aggregate, False by default) — it gets clients' contributions stacked, not added;
+    `linear` (aggregate, False by default) — clients contribute nothing but their weight, and their params
+    times it, and masks: sums of these are all that the server sees;
     `score_batches` (readjust) — minibatches behind `score`, 1 or more (the default is 1); may be a field.
     """
 
@@ -47,6 +50,11 @@ class Part(Component):
     def hooks(cls) -> frozenset[str]:
         """Names of the methods that are marked as hooks."""
         return frozenset(name for name in dir(cls) if is_hook(cls, name))
+
+    @classmethod
+    def takes(cls, hook: str) -> tuple[str, ...]:
+        """The arguments that its implementation of a hook asks for; () without one."""
+        return tuple(inspect.signature(getattr(cls, hook)).parameters)[1:] if hook in cls.hooks() else ()
 
     @classmethod
     def slot(cls) -> str:

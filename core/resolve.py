@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -54,6 +54,8 @@ class Resolved:
     swaps: Mapping[str, str]
     sources: Mapping[str, str]
     dropped: tuple[str, ...]
+    extras: Mapping[str, str] = field(default_factory=dict)
+    """extras beside the method's own, by class name: `plugin:Part`"""
 
     def tree(self) -> Tree:
         """The whole configuration as nested tables of plain values."""
@@ -61,7 +63,10 @@ class Resolved:
         for section, name in CHOICES:
             plain[section][name] = {"use": self.uses[f"{section}.{name}"], **plain[section][name]}
         extras = self.config.method.extras
-        plain["method"]["extras"] = {type(part).__name__: part.model_dump(mode="json") for part in extras}
+        tables = {type(part).__name__: part.model_dump(mode="json") for part in extras}
+        for name, use in self.extras.items():
+            tables[name] = {"use": use, **tables[name]}
+        plain["method"]["extras"] = tables
         return plain
 
     def toml(self, provenance: bool = False) -> str:
@@ -77,18 +82,21 @@ def resolve(
     swaps: Sequence[str] = (),
     sets: Sequence[str] = (),
     *,
+    extras: Sequence[str] = (),
     layers: Sequence[Layer] = (),
     registry: Registry | None = None,
 ) -> Resolved:
     """Validates a run. Later wins: defaults, the method's preset, `configs`, `swaps`, `sets`, `layers`.
 
-    Raises ConfigError with every problem found.
+    `extras` are PLUGIN or PLUGIN:Part, parts beside those of the method. Raises ConfigError with every
+    problem found.
     """
     registry = registry or Registry()
     problems: list[Problem] = []
     files = _collect(load_config, configs, problems)
     changes = _collect(parse_set, sets, problems)
     swapped = _collect(parse_swap, swaps, problems)
+    added = _collect(lambda text: parse_extra(text, registry), extras, problems)
     if plugin is not None:
         layers = [*layers, Layer("--plugin", {"method": {"plugin": plugin}})]
     name = _plugin_name([*files, *changes, *layers], problems)
@@ -102,7 +110,7 @@ def resolve(
     if found[0].module.startswith(f"{__package__.rpartition('.')[0]}.plugins."):
         preset = method_preset(name)
     files, foreign = _for_plugin(files, name)
-    merged = merge([*([preset] if preset else []), *files, *swapped, *changes, *layers])
+    merged = merge([*([preset] if preset else []), *files, *swapped, *added, *changes, *layers])
     merged.dropped[:0] = foreign
     problems += merged.problems + _repeated(swapped)
     merged.values.setdefault("method", {})["plugin"] = absolute(name)
@@ -117,6 +125,47 @@ def parse_swap(text: str) -> Layer:
     if slot not in SLOTS:
         raise ConfigError(f"--swap {text}: unknown slot {slot!r}. {nearest(slot, SLOTS)}")
     return Layer(f"--swap {text}", {"method": {slot: {"use": use}}})
+
+
+def parse_extra(text: str, registry: Registry) -> Layer:
+    """The layer of `--extra plugin` or `plugin:Part`."""
+    if not text.strip(" :") or text.strip().endswith(":"):
+        raise ConfigError(f"--extra {text}: expected PLUGIN or PLUGIN:Part")
+    try:
+        use, part = find_extra(text.strip(), registry)
+    except ConfigError as error:
+        raise ConfigError(f"--extra {text}: {error}") from None
+    name = (part if isinstance(part, type) else type(part)).__name__
+    return Layer(f"--extra {text}", {"method": {"extras": {name: {"use": use}}}})
+
+
+def find_extra(use: str, registry: Registry, wanted: str = "") -> tuple[str, Part | type[Part]]:
+    """The extra that `use` names, PLUGIN or PLUGIN:Part, and its full name `plugin:Part`.
+
+    `wanted` stands for a part that is not named; without it a plugin's only extra is meant.
+    """
+    name, colon, part_name = use.rpartition(":")
+    if not colon:
+        name, part_name = use, wanted
+    plugin = registry.load(name)
+    fitting = {key: cls for key, cls in plugin.parts.items() if cls.slot() == "extras"}
+    if not fitting:
+        with_some = [key for key, found in registry.all() if isinstance(found, Plugin) and _has_extra(found)]
+        raise ConfigError(f"plugin {name!r} has no extra. Plugins that have: {', '.join(with_some)}")
+    if not part_name and len(fitting) > 1:
+        choices = ", ".join(f"{name}:{key}" for key in sorted(fitting))
+        raise ConfigError(f"plugin {name!r} has several extras; name one: {choices}")
+    part_name = part_name or next(iter(fitting))
+    if part_name not in fitting:
+        raise ConfigError(f"plugin {name!r} has no extra {part_name!r}. {nearest(part_name, fitting)}")
+    cls = fitting[part_name]
+    own = plugin.method.extras if plugin.method else ()
+    part = next((part for part in own if type(part) is cls), None)
+    return f"{absolute(name)}:{part_name}", part or cls
+
+
+def _has_extra(plugin: Plugin) -> bool:
+    return any(cls.slot() == "extras" for cls in plugin.parts.values())
 
 
 def find_part(use: str, slot: str, registry: Registry) -> tuple[str, Part | type[Part]]:
@@ -156,6 +205,7 @@ def _build(merged: Merged, plugin: Plugin, registry: Registry, problems: list[Pr
     tree = {key: dict(value) if isinstance(value, dict) else value for key, value in merged.values.items()}
     task, method_table = tree.setdefault("task", {}), tree["method"]
     uses: dict[str, str] = {}
+    added: dict[str, str] = {}
     failed: set[str] = set()
 
     def validated(path: str, cls: type[Component], base: Tree, given: Tree) -> Component | None:
@@ -211,7 +261,9 @@ def _build(merged: Merged, plugin: Plugin, registry: Registry, problems: list[Pr
             base = part.model_dump(exclude_unset=True) if isinstance(part, Part) else {}
             cls = type(part) if isinstance(part, Part) else part
             method_table[slot] = validated(path, cls, base, given)
-        method_table["extras"] = _extras(method_table.get("extras", {}), plugin, validated, refuse)
+        method_table["extras"] = _extras(
+            method_table.get("extras", {}), plugin, registry, added, validated, refuse
+        )
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -223,7 +275,7 @@ def _build(merged: Merged, plugin: Plugin, registry: Registry, problems: list[Pr
     assert plugin.method is not None
     parts = {slot: getattr(config.method, slot) for slot in SLOTS}
     method = replace(plugin.method.with_parts(**parts), extras=config.method.extras)
-    compose(method)  # what cannot work together is refused now, not in a run
+    compose(method).object(config)  # what cannot work together is refused now, not in a run
     own = {slot: find_part(plugin.name, slot, registry)[0] for slot in SLOTS}
     swaps = {slot: uses[f"method.{slot}"] for slot in SLOTS if uses[f"method.{slot}"] != own[slot]}
     sources = dict(merged.sources)
@@ -232,27 +284,58 @@ def _build(merged: Merged, plugin: Plugin, registry: Registry, problems: list[Pr
         if path.startswith("method."):
             for name in getattr(plugin.method.part(path.partition(".")[2]), "model_fields_set", ()):
                 sources.setdefault(f"{path}.{name}", f"method {use.partition(':')[0]}")
-    return Resolved(config, method, uses, swaps, sources, tuple(merged.dropped))
+    return Resolved(config, method, uses, swaps, sources, tuple(merged.dropped), added)
 
 
-def _extras(table: Any, plugin: Plugin, validated: Any, refuse: Any) -> tuple[Part, ...]:
-    """The method's extra parts with the settings of `[method.extras.ClassName]`."""
-    extras = plugin.method.extras if plugin.method else ()
-    names = {type(part).__name__: part for part in extras}
-    if not isinstance(table, dict):
-        refuse("method.extras", f"given {table!r}; expected tables by part name")
+def _extras(
+    tables: Any, plugin: Plugin, registry: Registry, added: dict[str, str], validated: Any, refuse: Any
+) -> tuple[Part, ...]:
+    """The method's extra parts with the settings of `[method.extras.ClassName]`, then those that `use` adds.
+
+    Full names of the latter go into `added`.
+    """
+    parts: dict[str, Part | type[Part]] = {}
+    for brought in plugin.method.extras if plugin.method else ():
+        parts[type(brought).__name__] = brought
+    if not isinstance(tables, dict):
+        refuse("method.extras", f"given {tables!r}; expected tables by part name")
         return ()
-    for name in table:
-        if name in names and not isinstance(table[name], dict):
-            refuse(f"method.extras.{name}", f"given {table[name]!r}; expected a table of its settings")
-            return ()
-        if name not in names:
-            refuse(f"method.extras.{name}", f"unknown extra. {nearest(name, names)}")
+    given: dict[str, Tree] = {}
+    for name, table in tables.items():
+        path = f"method.extras.{name}"
+        if not isinstance(table, dict):
+            refuse(path, f'given {table!r}; expected a table of its settings, with use = "PLUGIN" to add it')
+            continue
+        given[name] = {key: value for key, value in table.items() if key != "use"}
+        if "use" not in table:
+            if name not in parts:
+                hint = 'One of another plugin is added by --extra PLUGIN, or use = "PLUGIN" in its table'
+                refuse(path, f"unknown extra. {nearest(name, parts)}. {hint}")
+            continue
+        try:
+            if not isinstance(table["use"], str):
+                raise ConfigError(f"given {table['use']!r}; expected PLUGIN or PLUGIN:Part")
+            use, part = find_extra(table["use"], registry, wanted=name)
+        except ConfigError as error:
+            refuse(f"{path}.use", str(error))
+            continue
+        cls, own = part if isinstance(part, type) else type(part), parts.get(name)
+        if cls.__name__ != name:
+            refuse(
+                f"{path}.use", f"given {table['use']!r}, which is no {name}; name the table {cls.__name__}"
+            )
+        elif own is None:
+            parts[name], added[name] = part, use
+        elif type(own) is not cls:
+            refuse(f"{path}.use", f"the method {plugin.name} brings another extra of that name; rename one")
     made = [
         validated(
-            f"method.extras.{name}", type(part), part.model_dump(exclude_unset=True), table.get(name, {})
+            f"method.extras.{name}",
+            type(part) if isinstance(part, Part) else part,
+            part.model_dump(exclude_unset=True) if isinstance(part, Part) else {},
+            given.get(name, {}),
         )
-        for name, part in names.items()
+        for name, part in parts.items()
     ]
     return tuple(part for part in made if part is not None)
 
@@ -356,6 +439,9 @@ def schema(resolved: Resolved) -> Tree:
         part = getattr(resolved.config.method, slot)
         method["properties"][slot] = {"anyOf": [names, table(type(part), names)]}
     extras = {type(p).__name__: type(p).model_json_schema() for p in resolved.config.method.extras}
+    for name, use in resolved.extras.items():
+        names = {"enum": [use, use.rpartition(":")[0]]}
+        extras[name]["properties"] = {"use": names, **extras[name].get("properties", {})}
     method["properties"]["extras"] = {"type": "object", "properties": extras, "additionalProperties": False}
     method["required"] = []
     tree["required"] = []

@@ -6,6 +6,7 @@ int64, so that they agree bit for bit between CPU and GPU, and between a loop ov
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -56,6 +57,14 @@ def bits(stream: Tensor, shape: Sequence[int]) -> Tensor:
 def uniform(stream: Tensor, shape: Sequence[int]) -> Tensor:
     """Independent uniform float32 in [0, 1), with 24 random bits each."""
     return (bits(stream, shape) >> 39).to(torch.float32) * 2.0**-24
+
+
+def normal(stream: Tensor, shape: Sequence[int]) -> Tensor:
+    """Independent standard normal float32: Box and Muller (1958) on 53 random bits in float64."""
+    radius, angle = ((bits(fold(stream, part), shape) >> 10).double() for part in ("radius", "angle"))
+    # in (0, 1]: the logarithm of 0 never comes up
+    radius = ((radius + 1) * 2.0**-53).log().mul(-2).sqrt()
+    return (radius * (angle * (2 * math.pi * 2.0**-53)).cos()).to(torch.float32)
 
 
 def generator(*path: str | int) -> np.random.Generator:

@@ -18,7 +18,7 @@ Scores = dict[str, Tensor]
 """A score a weight, larger is better, for each prunable parameter."""
 
 Sums = dict[str, Tensor]
-"""What `contribute` returns; the engine adds these over clients."""
+"""What `contribute` returns; the engine adds these over clients, or stacks them, clients first."""
 
 Memory = dict[str, Any]
 """A part's own tensors and plain values; checkpointed."""
@@ -57,6 +57,20 @@ class Stepped(NamedTuple):
     params: Params
     carry: Carry
     metrics: dict[str, Tensor]
+
+
+class Uploaded(NamedTuple):
+    """Result of `upload`: what a client sends, and what it counts in the aggregate, 0-d."""
+
+    params: Params
+    weight: Tensor
+
+
+class Measured(NamedTuple):
+    """Result of `round_metrics`: numbers by name for the round's record, and the part's memory."""
+
+    metrics: dict[str, float]
+    memory: Memory
 
 
 class Best(NamedTuple):

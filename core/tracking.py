@@ -37,6 +37,8 @@ SHOWN = (
     "download_bytes_total",
     "paper_bytes_total",
     "flops_total",
+    "epsilon",
+    "delta",
 )
 
 
@@ -140,6 +142,7 @@ class RunFolder:
             "seed": self.resolved.config.seed,
             "method": self.resolved.method.name,
             "swaps": dict(self.resolved.swaps),
+            "extras": dict(self.resolved.extras),
             **about(self.resolved),
             "interrupted": interrupted,
             "rounds": self.last.get("round", -1) + 1,
@@ -198,6 +201,7 @@ def _make_free(resolved: Resolved) -> Path:
     """Makes `runs/pffdst-digits-seed0`, with the first number at its end that is not taken."""
     config = resolved.config
     swaps = "".join(f"+{slot}={Path(use).name}" for slot, use in resolved.swaps.items())
+    swaps += "".join(f"+{extra}" for extra in resolved.extras)
     name = f"{resolved.method.name}{swaps}-{resolved.uses['task.dataset']}-seed{config.seed}"
     name = re.sub(r"[^\w+=.-]", ".", name)
     for number in itertools.count(1):

@@ -12,7 +12,7 @@ clients have grown enters with its mean as value, not with an adaptive step, and
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -29,6 +29,8 @@ from .fedavg import WeightedMean
 
 class AdaptiveServer(Part):
     """The server takes the clients' mean movement as the gradient of an adaptive optimiser."""
+
+    linear: ClassVar[bool] = True
 
     rule: Literal["adam", "yogi", "adagrad"] = Field("adam", description="how the second moment moves")
     rate: float = Field(0.01, gt=0, description="η: learning rate of the server")

@@ -78,6 +78,8 @@ class WeightedMean(Part):
     If clients moved their masks, the union is pruned back to the budget by magnitude.
     """
 
+    linear: ClassVar[bool] = True
+
     @hookimpl
     def contribute(self, params: Params, mask: Masks, weight: Tensor, moved: bool) -> Sums:
         held = {f"held/{name}": m.to(weight.dtype) for name, m in mask.items()} if moved else {}

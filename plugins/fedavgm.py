@@ -12,6 +12,8 @@ with its mean as value and v = 0, because a starting value is not a step; Δ cou
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 from torch import Tensor
 
@@ -26,6 +28,8 @@ from .fedavg import WeightedMean
 
 class ServerMomentum(Part):
     """The sample-weighted mean of all clients, carried on by the server's momentum."""
+
+    linear: ClassVar[bool] = True
 
     beta: float = Field(0.9, ge=0, lt=1, description="β: momentum of the server; 0 is FedAvg")
 

@@ -121,6 +121,8 @@ class Regrow(Part):
 class MaskedMean(Part):
     """Each weight's mean over the clients that hold it, weighted, pruned back to the budget."""
 
+    linear: ClassVar[bool] = True
+
     variant: Literal["paper", "released"] = Field(
         "paper", description="'released': weights that are exactly 0 tie with pruned ones; the density leaks"
     )

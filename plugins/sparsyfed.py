@@ -132,6 +132,7 @@ def spectral_exponent(theta: Tensor) -> Tensor:
 class SupportMean(Part):
     """The sample-weighted mean, zeros counted; its support is the next mask, and the server never prunes."""
 
+    linear: ClassVar[bool] = True
     budget_promise: ClassVar[Literal["none"]] = "none"  # the union of what clients kept
 
     @hookimpl

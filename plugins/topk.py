@@ -66,6 +66,7 @@ class GlobalTopK(Part):
 class PlainMean(Part):
     """The sample-weighted mean, zeros counted; nothing is pruned, and the server's mask stays as it is."""
 
+    linear: ClassVar[bool] = True
     budget_promise: ClassVar[Literal["none"]] = "none"
     sends: ClassVar[Literal["support"]] = "support"
 

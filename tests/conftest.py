@@ -26,12 +26,12 @@ def settings(**changes):
     return [f"{path}={toml(value)}" for path, value in merged.items() if value is not None]
 
 
-def resolved(plugin="fedavg", swaps=(), **changes):
-    return resolve(plugin, swaps=swaps, sets=settings(**changes))
+def resolved(plugin="fedavg", swaps=(), extras=(), **changes):
+    return resolve(plugin, swaps=swaps, extras=extras, sets=settings(**changes))
 
 
-def engine(plugin="fedavg", swaps=(), **changes):
-    made = resolved(plugin, swaps, **changes)
+def engine(plugin="fedavg", swaps=(), extras=(), **changes):
+    made = resolved(plugin, swaps, extras, **changes)
     return Engine(made, task.build(made.config))
 
 

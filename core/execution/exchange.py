@@ -35,8 +35,16 @@ class Uploads:
     """The contributions of clients, summed; every tensor has the size of the model once.
 
     Sums are kept in float64, so that neither the order of clients nor the number of workers shows in what
-    they round to.
+    they round to. If `gathered`, contributions stay `apart` and as they are: memory grows with the clients.
     """
+
+    gathered: bool = False
+    apart: list[tuple[int, Params]] = field(default_factory=list)
+    """clients with what they contributed, in no order"""
+    stacked: Params = field(default_factory=dict)
+    """contributions of all workers' clients, clients first"""
+    one: Params = field(default_factory=dict)
+    """the first contribution as empty tensors of its shapes and types"""
 
     sums: Totals = field(default_factory=dict)
     buffers: Totals = field(default_factory=dict)
@@ -68,10 +76,20 @@ class Uploads:
             self.add(self.metrics, {name: steps @ steps.new_tensor(samples)})
         self.steps_weight += sum(samples)
 
-    def contribute(self, entries: Mapping[str, Tensor]) -> None:
+    def contribute(self, number: int, entries: Mapping[str, Tensor]) -> None:
         """Adds one client's contribution, and remembers its types."""
+        if self.gathered:
+            # a copy: an executor may train the next client in the same memory
+            own = {n: v.clone(memory_format=torch.contiguous_format) for n, v in entries.items()}
+            self.one = self.one or {name: value.to("meta") for name, value in own.items()}
+            self.apart.append((number, own))
+            return
         self.dtypes |= {name: value.dtype for name, value in entries.items()}
         self.add(self.sums, entries)
+
+    def before(self) -> Params:
+        """Tensors of the names and shapes of the contributions so far; empty before the first."""
+        return self.one or self.sums
 
     def tensors(self) -> Iterator[Tensor]:
         """Every sum, in an order that all workers share."""
@@ -79,12 +97,16 @@ class Uploads:
             yield from group.values()
 
     def form(self) -> list[Any] | None:
-        """Names and shapes of every sum, and the types of contributions; None if nobody has contributed."""
-        if not self.sums:
+        """Names and shapes of every sum, and the types of contributions; None if nobody has contributed.
+
+        Of contributions that stay apart, those of one.
+        """
+        if not self.before():
             return None
         groups = (self.sums, self.buffers, self.score, self.metrics)
         shapes = [{name: tuple(value.shape) for name, value in group.items()} for group in groups]
-        return [shapes, self.dtypes, next(iter(self.sums.values())).device.type]
+        one = {name: (tuple(value.shape), value.dtype) for name, value in self.one.items()}
+        return [shapes, self.dtypes, next(iter(self.metrics.values())).device.type, one]
 
     def take_measured(self, other: Uploads) -> None:
         """Adds the metrics that were measured apart."""
@@ -93,15 +115,18 @@ class Uploads:
 
     def take_form(self, form: list[Any]) -> None:
         """Sums of nobody: zeros of another's form."""
-        shapes, self.dtypes, kind = form
+        shapes, self.dtypes, kind, one = form
+        self.one = {
+            name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in one.items()
+        }
         device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
         for group, wanted in zip((self.sums, self.buffers, self.score, self.metrics), shapes, strict=True):
             for name, shape in wanted.items():
                 group[name] = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def contributions(self) -> Params:
-        """The sums of contributions in the types that clients sent."""
-        return {
+        """The sums of contributions, or all of them stacked, in the types that clients sent."""
+        return self.stacked or {
             name: total.to(self.dtypes[name], memory_format=torch.contiguous_format)
             for name, total in self.sums.items()
         }

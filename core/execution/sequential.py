@@ -132,10 +132,12 @@ class Sequential(Executor):
         weight = torch.tensor(
             float(len(self.task.partition.train_of(client.number))), device=self.task.device
         )
-        contribution = self.contribution(plan, client, weight)
+        leaving, weight = self.leaving(plan, client, weight, self.upload_key(plan, client.number))
+        self.check_leaving(plan, leaving.params, client.mask)
+        contribution = self.contribution(plan, leaving, weight)
         if self.contracts:
-            self.contracts.summed(self.hooks.where("contribute"), contribution, uploads.sums)
-        uploads.contribute(contribution)
+            self.contracts.summed(self.hooks.where("contribute"), contribution, uploads.before())
+        uploads.contribute(client.number, contribution)
         if client.measured is not uploads:
             uploads.take_measured(client.measured)
-        self.account(plan, client, contribution, uploads)
+        self.account(plan, client, leaving.params, contribution, uploads)

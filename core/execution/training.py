@@ -17,7 +17,20 @@ from ..contracts import Contracts, versions
 from ..dropout import drops
 from ..ledger import Ledger
 from ..loss import ClientLoss, ModelLoss
-from ..state import Batch, Carry, Clock, Masks, Memory, Params, Readjusted, Scores, Stepped, Sums, moved_to
+from ..state import (
+    Batch,
+    Carry,
+    Clock,
+    Masks,
+    Memory,
+    Params,
+    Readjusted,
+    Scores,
+    Stepped,
+    Sums,
+    Uploaded,
+    moved_to,
+)
 from ..task import Task
 from .exchange import Plan, Uploads
 from .step import Settings, Step, offered
@@ -63,7 +76,7 @@ class Executor(ABC):
         plan = replace(plan, state=state, trainable=self.layout.params(plan.trainable))
         given = (state.params, state.mask, state.frozen, state.buffers)
         before = versions(*given)
-        uploads = Uploads()
+        uploads = Uploads(self.hooks.gathered)
         self.train_all(plan, clients, uploads)
         if versions(*given) != before:
             raise self.hooks.where("local_step").breach("wrote into a tensor it was given; return new ones")
@@ -218,6 +231,34 @@ class Executor(ABC):
         self.ledger.train(samples * (clock.epoch + 1), client.score_samples)
         uploads.lose("non_finite", client.number)
 
+    def upload_key(self, plan: Plan, number: int) -> Tensor:
+        """The stream of what a client's upload draws, 0-d."""
+        return rng.key(self.task.seed, "upload", plan.clock.round, number, device=self.task.device)
+
+    def leaving(self, plan: Plan, client: Client, weight: Tensor, key: Tensor) -> tuple[Client, Tensor]:
+        """What the client sends and what it counts: its model through every part that changes uploads."""
+        params, state = client.params, plan.state
+        for hook in self.hooks.each("upload"):
+            made = self.hooks.ask(
+                hook,
+                Uploaded,
+                params=params,
+                anchor=state.params,
+                mask=client.mask,
+                frozen=state.frozen,
+                weight=weight,
+                cohort=self.task.federation.clients_per_round,
+                key=rng.fold(key, hook.where.part),
+            )
+            params, weight = made
+        return replace(client, params=params), weight
+
+    def check_leaving(self, plan: Plan, params: Params, mask: Masks) -> None:
+        """The contract of parts that change uploads, for one client or for stacked ones."""
+        if self.contracts and self.hooks.has_extra("upload"):
+            where, state = self.hooks.where_extra("upload"), plan.state
+            self.contracts.values(where, params, mask, state.frozen, state.params)
+
     def contribution(self, plan: Plan, client: Client, weight: Tensor) -> Sums:
         """What the client adds to the sums."""
         return self.hooks.call(
@@ -232,14 +273,21 @@ class Executor(ABC):
         )
 
     def account(
-        self, plan: Plan, client: Client, contribution: Mapping[str, Tensor], uploads: Uploads
+        self,
+        plan: Plan,
+        client: Client,
+        sent: Params,
+        contribution: Mapping[str, Tensor],
+        uploads: Uploads,
     ) -> None:
-        """Charges one client's training and upload, adds its buffers, and keeps its row."""
+        """Charges one client's training and the upload of `sent`, adds its buffers, and keeps its row."""
         state, samples = plan.state, len(self.task.partition.train_of(client.number))
         beside = {name: value for name, value in contribution.items() if name.startswith("extra/")}
         extra = client.score_bytes + self.ledger.sidecar(beside)
         self.ledger.train(samples * self.task.federation.local_epochs, client.score_samples)
-        self.ledger.upload(client.number, self.sent(client), client.params, client.carry.buffers, extra)
+        self.ledger.upload(
+            client.number, self.sent(replace(client, params=sent)), sent, client.carry.buffers, extra
+        )
         buffers = {name: samples * b.to(torch.float64) for name, b in client.carry.buffers.items()}
         uploads.add(uploads.buffers, buffers)
         uploads.samples += samples

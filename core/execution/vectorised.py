@@ -237,23 +237,40 @@ class Vectorised(Executor):
         sizes = [float(len(self.task.partition.train_of(client.number))) for client in chunk.clients]
         weights = torch.tensor(sizes, device=self.task.device)
 
+        owned = 0 if chunk.readjusted else None
+        sent = chunk.params
+        if self.hooks.has_extra("upload"):
+            keys = torch.stack([self.upload_key(plan, client.number) for client in chunk.clients])
+
+            def leave(params: Params, mask: Masks, weight: Tensor, key: Tensor) -> tuple[Params, Tensor]:
+                client = Client(-1, params, mask, Carry({}, {}), {})
+                leaving, weight = self.leaving(plan, client, weight, key)
+                return leaving.params, weight
+
+            sent, weights = torch.func.vmap(leave, in_dims=(0, owned, 0, 0))(
+                chunk.params, chunk.mask, weights, keys
+            )
+            self.check_leaving(plan, sent, chunk.mask)
+
         def one(params: Params, mask: Masks, carry: Carry, weight: Tensor) -> dict[str, Tensor]:
             return self.contribution(plan, Client(-1, params, mask, carry, {}), weight)
 
-        owned = 0 if chunk.readjusted else None
-        contributions = torch.func.vmap(one, in_dims=(0, owned, 0, 0))(
-            chunk.params, chunk.mask, chunk.carry, weights
-        )
-        uploads.dtypes |= {name: value.dtype for name, value in contributions.items()}
-        sums = {name: value.sum(0, dtype=torch.float64) for name, value in contributions.items()}
+        contributions = torch.func.vmap(one, in_dims=(0, owned, 0, 0))(sent, chunk.mask, chunk.carry, weights)
+        each = [_pick(contributions, at) for at in range(len(chunk.clients))]
         if self.contracts:
-            self.contracts.summed(self.hooks.where("contribute"), sums, uploads.sums)
-        uploads.add(uploads.sums, sums)
+            self.contracts.summed(self.hooks.where("contribute"), each[0], uploads.before())
+        if uploads.gathered:
+            for client, own in zip(chunk.clients, each, strict=True):
+                uploads.contribute(client.number, own)
+        else:
+            uploads.dtypes |= {name: value.dtype for name, value in contributions.items()}
+            sums = {name: value.sum(0, dtype=torch.float64) for name, value in contributions.items()}
+            uploads.add(uploads.sums, sums)
         if plan.drop_non_finite:
             uploads.add(uploads.metrics, {name: value.sum() for name, value in chunk.measured.items()})
             uploads.steps_weight += int(sum(sizes)) * self.task.federation.local_epochs
-        for at in range(len(chunk.clients)):
-            self.account(plan, chunk.one(at), _pick(contributions, at), uploads)
+        for at, own in enumerate(each):
+            self.account(plan, chunk.one(at), _pick(sent, at), own, uploads)
 
 
 def _pick(tensors: Params, at: int) -> Params:

@@ -78,8 +78,52 @@ class Workers:
         if self.size == 1 or not idle:
             return
         forms = [form for form in self.gathered(uploads.form()) if form is not None]
-        if forms and not uploads.sums:
+        if forms and not uploads.before():
             uploads.take_form(forms[0])
+
+    def gather(self, uploads: Uploads, clients: Sequence[int]) -> None:
+        """Stacks contributions that stay apart, those of all workers, in the order of `clients`.
+
+        On every worker: an all-gather a tensor, filled up where a worker has fewer clients than another.
+        """
+        if not uploads.gathered or not uploads.before():
+            return
+        held = [[number for number, _ in uploads.apart]]
+        rows = len(held[0])
+        if self.size > 1:
+            held = self._numbers(held[0], len(clients), _device(uploads))
+            rows = max(map(len, held))
+        places: dict[int, list[tuple[int, int]]] = {}
+        for rank, numbers in enumerate(held):
+            for row, number in enumerate(numbers):
+                places.setdefault(number, []).append((rank, row))
+        order = [places[number].pop(0) for number in clients if places.get(number)]
+        for name, form in uploads.one.items():
+            own = [entries.pop(name) for _, entries in uploads.apart]  # one tensor at a time is there twice
+            parts = [own] if self.size == 1 else self._all(own, rows, form, _device(uploads))
+            uploads.stacked[name] = torch.stack([parts[rank][row] for rank, row in order])
+        uploads.apart.clear()
+
+    def _numbers(self, numbers: Sequence[int], most: int, device: torch.device) -> list[list[int]]:
+        """The clients that each worker has, at most so many."""
+        none = torch.full((most - len(numbers),), -1, dtype=torch.int64, device=device)
+        own = torch.cat([torch.tensor(numbers, dtype=torch.int64, device=device), none])
+        every = [torch.empty_like(own) for _ in range(self.size)]
+        with _NamingTheLost():
+            dist.all_gather(every, own)
+        return [[number for number in each.tolist() if number >= 0] for each in every]
+
+    def _all(self, own: Sequence[Tensor], rows: int, form: Tensor, device: torch.device) -> list[Tensor]:
+        """This tensor of each worker's clients, (rows, …) each."""
+        flags = form.dtype == torch.bool  # which not every backend sends
+        kind = torch.uint8 if flags else form.dtype
+        mine = torch.zeros((rows, *form.shape), dtype=kind, device=device)
+        for row, value in enumerate(own):
+            mine[row] = value
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        with _NamingTheLost():
+            dist.all_gather(every, mine)
+        return [each.bool() for each in every] if flags else every
 
     def rows(self, rows: dict[int, Any]) -> dict[int, Any]:
         """The rows of clients that any worker trained."""
@@ -101,6 +145,11 @@ class Workers:
         if self.size > 1:
             with _NamingTheLost():
                 dist.barrier()
+
+
+def _device(uploads: Uploads) -> torch.device:
+    """Where a worker's uploads are, also of one without clients."""
+    return next(iter(uploads.metrics.values())).device
 
 
 class _NamingTheLost:

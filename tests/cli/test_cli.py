@@ -533,3 +533,72 @@ def test_ctrl_c_ends_with_what_was_recorded(tmp_path):
     assert summary["rounds"] == len(recorded) >= 12
     assert json.loads(recorded[-1])["round"] == len(recorded) - 1
     assert (out / "model.safetensors").exists()
+
+
+def test_an_extra_is_added_recorded_and_resumed(tmp_path):
+    """By name, with its settings and their sources; the folder's configuration makes the same run."""
+    short = ["--set", "federation.rounds=2", "--set", "federation.local_epochs=1", "--quiet"]
+    clip = ["--set", "method.extras.GaussianMechanism.clip=0.5"]
+    first, second = tmp_path / "a", tmp_path / "b"
+    run = ["run", "--plugin", "pffdst", "--extra", "privacy", *clip, *short, "--out", str(first)]
+    result = CliRunner().invoke(main, run)
+    assert result.exit_code == 0, result.output
+    assert "privacy ε of clients" in result.output
+    written = (first / "config.toml").read_text()
+    assert re.search(r'^use = "privacy:GaussianMechanism" +# --extra privacy$', written, re.MULTILINE)
+    assert re.search(r"^clip = 0.5 +# --set method.extras.GaussianMechanism.clip$", written, re.MULTILINE)
+    again = ["run", "--config", str(first / "config.toml"), "--quiet", "--out", str(second)]
+    assert CliRunner().invoke(main, again).exit_code == 0
+    assert "no difference" in CliRunner().invoke(main, ["diff", str(first), str(second)]).output
+    shown = CliRunner().invoke(main, ["card", str(first), "--markdown"]).output
+    assert "| extras | privacy:GaussianMechanism | clip=0.5" in shown
+    assert "| ε | " in shown
+    longer = (first / "config.toml").read_text().replace("rounds = 2 ", "rounds = 4 ")
+    (first / "config.toml").write_text(longer)
+    resumed = CliRunner().invoke(main, ["resume", str(first), "--quiet"])
+    assert "federation.rounds was 2, is 4" in resumed.output  # and nothing about the extra
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--extra", "privcy"], "--extra privcy: unknown plugin 'privcy'. Did you mean 'privacy'?"),
+        (["--extra", "median"], "--extra median: plugin 'median' has no extra. Plugins that have: "),
+        (["--extra", "privacy:Gauss"], "plugin 'privacy' has no extra 'Gauss'. Allowed: GaussianMechanism"),
+        (["--extra", ":"], "--extra :: expected PLUGIN or PLUGIN:Part"),
+        (["--set", "method.extras.Gauss.clip=1"], "added by --extra PLUGIN"),
+        (
+            ["--extra", "privacy", "--set", "method.extras.GaussianMechanism.clip=0"],
+            "method.extras.GaussianMechanism.clip: must be greater than 0; given 0",
+        ),
+        (["--set", "method.extras.Gauss.use=privacy"], "plugin 'privacy' has no extra 'Gauss'"),
+        (["--set", "method.extras.Gauss.use=1"], "given 1; expected PLUGIN or PLUGIN:Part"),
+        (["--set", "method.extras.Gauss=1"], "given 1; expected a table of its settings"),
+        (["--extra", "privacy", "--swap", "readjust=feddst"], "Regrow"),
+    ],
+)
+def test_a_wrong_extra_is_named(arguments, said):
+    result = CliRunner().invoke(main, ["config", "show", "--plugin", "fedavg", *arguments])
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_an_extra_as_a_table_in_a_file_and_from_python(tmp_path):
+    import fedsparse
+    from fedsparse.core.resolve import resolve
+
+    file = tmp_path / "mine.toml"
+    file.write_text('[method.extras.GaussianMechanism]\nuse = "privacy"\nclip = 2.0\n')
+    made = resolve("fedavg", [str(file)])
+    assert made.extras == {"GaussianMechanism": "privacy:GaussianMechanism"}
+    assert made.config.method.extras[0].clip == 2.0
+    result = fedsparse.run(
+        "fedavg",
+        extras=["privacy"],
+        method__extras__GaussianMechanism__noise_multiplier=0.0,
+        federation__rounds=1,
+        federation__local_epochs=1,
+        out=tmp_path / "run",
+    )
+    assert "epsilon" not in result.metrics
+    assert result.summary["extras"] == made.extras
