@@ -136,9 +136,9 @@ def show(asked: Asked, as_json: bool) -> None:
 
 def write(asked: Asked, out: Path) -> None:
     """The report's folder. Raises RunError if `out` is taken, or without matplotlib."""
+    from ..core.folders import refuse_taken
     from ..core.report.figures import require_matplotlib
     from ..core.report.page import write as written
-    from ..core.tracking import refuse_taken
 
     require_matplotlib()
     refuse_taken(out)

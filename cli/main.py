@@ -110,7 +110,7 @@ def run(chosen: Settings, out: Path | None, workers: int, trackers: tuple[str, .
     fedsparse run --plugin pffdst --track tensorboard
     """
     from ..core.trackers import tracked
-    from ..core.tracking import refuse_taken
+    from ..core.folders import refuse_taken
 
     resolved = tracked(chosen.resolve(), trackers)
     if out is not None:

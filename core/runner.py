@@ -16,9 +16,10 @@ from .compose import PluginError
 from .engine import Engine
 from .errors import RunError
 from .execution.workers import LostWorkerError
+from .folders import refuse_taken
 from .resolve import Resolved
 from .state import Report, ServerState
-from .tracking import RunFolder, refuse_taken
+from .tracking import RunFolder
 
 Watcher = Callable[[Report], None]
 Begun = Callable[[Engine, RunFolder], None]
