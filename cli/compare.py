@@ -82,7 +82,7 @@ def comparing(command: Callable[..., Any]) -> Callable[..., Any]:
             "--budgets",
             type=numbers,
             help="Megabytes, up and down together, at which accuracies are compared. "
-            "Default: round numbers up to the smallest total of the runs.",
+            "Default: round numbers up to the largest total of the runs.",
         ),
         click.option("--flops-budgets", type=numbers, help="Training FLOPs likewise: 1e9,5e9."),
         click.option(
