@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 FOLDER = "masks"
 Bits = NDArray[np.uint8]
 
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
+
 ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 """How many bits of each byte are 1; numpy 1 has no bitwise_count."""
 
@@ -66,13 +68,14 @@ def load(run: Path) -> dict[int, Bits]:
     for path in sorted((run / FOLDER).glob("*.npz")):
         try:
             played = int(path.stem)
-            with np.load(path, allow_pickle=False) as file:
+            # opened here: numpy leaves a damaged file open
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 form = file["names"].tolist(), file["weights"].tolist()
                 bits = file["bits"]
             first = first or form
             if form != first or bits.dtype != np.uint8 or bits.shape != (sum(-(-n // 8) for n in form[1]),):
                 raise ValueError("it does not hold the mask of this model")
-        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except UNREADABLE as error:
             raise RunError(f"cannot read {path}: {error}; remove it to do without") from None
         history[played] = bits
     return dict(sorted(history.items()))

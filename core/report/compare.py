@@ -307,7 +307,8 @@ def _round_budgets(groups: Sequence[Group], spent: Callable[[Result], NDArray[np
     evaluated = [
         (costs, known)
         for run in (run for group in groups for run in group.runs)
-        if (known := np.isfinite(column(run, "test_accuracy"))).any() and np.isfinite(costs := spent(run)).all()
+        if (known := np.isfinite(column(run, "test_accuracy"))).any()
+        and np.isfinite(costs := spent(run)).all()
     ]
     if not evaluated:
         return []
