@@ -24,7 +24,7 @@ Matrix = NDArray[np.float64]
 SEQUENTIAL = "viridis"  # even steps of lightness, for readers with any colour vision and for grey print
 FROM_WHITE = "Blues"
 STEPS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-TITLE = 40  # characters of a line above one of two columns
+TITLE = {1: 56, 2: 32, 3: 22}  # characters of a line above a map, by columns
 MEAN = "Means over seeds, where there are several."
 
 
@@ -45,13 +45,13 @@ def density(groups: Sequence[Group]) -> Picture | str:
     alike = len({one.layers for one in drawn}) == 1
     columns = 2 if alike and len(drawn) > 1 else 1
     rows = math.ceil(len(drawn) / columns)
-    lines = max(len(wrap(one.name, TITLE * 2 // columns)) for one in drawn)
-    tall = max(len(one.layers) for one in drawn)
-    with canvas(rows * (0.65 + 0.15 * lines + max(0.9, 0.15 * tall))) as figure:
+    lines = max(len(wrap(one.name, TITLE[columns])) for one in drawn)
+    heights = [max(0.9, 0.15 * len(one.layers)) for one in drawn[::columns]]
+    with canvas(rows * (0.65 + 0.15 * lines) + sum(heights)) as figure:
         from matplotlib.colors import LogNorm
         from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-        axes = figure.subplots(rows, columns, squeeze=False, sharey=alike)
+        axes = figure.subplots(rows, columns, squeeze=False, sharey=alike, height_ratios=heights)
         found = np.concatenate([one.density.ravel() for one in drawn])
         least = found[found > 0].min(initial=1.0)
         low = max((step for step in STEPS[:-1] if step <= least), default=STEPS[0])
@@ -60,7 +60,7 @@ def density(groups: Sequence[Group]) -> Picture | str:
             played = one.density.shape[1]
             extent = (0.5, played + 0.5, len(one.layers) - 0.5, -0.5)
             image = _map(axis, one.density, norm=norm, extent=extent, aspect="auto")
-            axis.set_title("\n".join(wrap(one.name, TITLE * 2 // columns)))
+            axis.set_title("\n".join(wrap(one.name, TITLE[columns])))
             axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
             axis.set_yticks(range(len(one.layers)), _short(one.layers), fontsize=SMALL)
             if number + columns >= len(drawn):
@@ -85,8 +85,7 @@ def overlap(groups: Sequence[Group]) -> Picture | str:
         return "Overlap of masks between rounds: no run has kept two masks (output.masks)."
     columns = balanced(len(drawn), 3)
     rows = math.ceil(len(drawn) / columns)
-    across = TITLE * 2 // columns - 4
-    lines = max(len(wrap(name, across)) for name, _, _ in drawn)
+    lines = max(len(wrap(name, TITLE[columns])) for name, _, _ in drawn)
     side = min((WIDTH - 1.3) / columns, 3.6)
     with canvas(rows * (side + 0.15 * lines + 0.1) + 0.4) as figure:
         axes = figure.subplots(rows, columns, squeeze=False)
@@ -94,7 +93,7 @@ def overlap(groups: Sequence[Group]) -> Picture | str:
         low = min(math.floor(min(matrix.min() for _, _, matrix in drawn) * 10) / 10, 0.9)
         for number, ((name, played, matrix), axis) in enumerate(zip(drawn, axes.flat, strict=False)):
             image = _map(axis, matrix, vmin=low, vmax=1, origin="lower")
-            axis.set_title("\n".join(wrap(name, across)))
+            axis.set_title("\n".join(wrap(name, TITLE[columns])))
             places = np.unique(np.linspace(0, len(played) - 1, 5).round().astype(int))
             labels = [str(played[place]) for place in places]
             axis.set_xticks(places, labels, fontsize=SMALL)
@@ -177,9 +176,9 @@ def _distribution(part: Any, held: clients.Labels, title: str) -> None:
     above, below = part.subplots(2, height_ratios=(1, 2.4), sharex=True)
     above.bar(range(shown), counts.sum(axis=1)[order], width=1.0, color="#555555")
     above.grid(axis="x", visible=False)
-    above.set_ylabel("train samples")
+    above.set_ylabel("train\nsamples")
     if title:
-        above.set_title("\n".join(wrap(title, TITLE * 2)))
+        above.set_title("\n".join(wrap(title, TITLE[1])))
     image = _map(below, shares[order].T, vmin=0, vmax=1, aspect="auto", origin="lower", cmap=FROM_WHITE)
     below.set_yticks(range(0, classes, math.ceil(classes / 10)))
     below.set_ylabel("label")

@@ -18,12 +18,15 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
   max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; font-size: .9rem; }
 h3 { font-size: .9rem; margin: 1.4rem 0 .3rem; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
-th:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 7rem; font-weight: 500;
+th, td { padding: .3rem .6rem; border-top: 1px solid #ccc; text-align: right; white-space: nowrap; }
+th:first-child { text-align: left; padding-left: 0; white-space: normal; font-weight: 500;
+  min-width: 7rem; max-width: min(24rem, 45vw); overflow-wrap: anywhere;
   position: sticky; left: 0; background: #fff; }
-thead th { border-bottom: 2px solid #666; font-weight: 600; }
+thead th { border-top: 0; font-weight: 600; }
+tbody tr:first-child > * { border-top: 2px solid #666; }
+tbody tr:last-child > * { border-bottom: 1px solid #ccc; }
 figure { margin: 1rem 0 2rem; } figure img { width: 100%; min-width: 32rem; height: auto; display: block; }
 figcaption, li { font-size: .9rem; color: #444; }
 code { overflow-wrap: anywhere; }
