@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from textwrap import wrap
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def upload_kinds(groups: Sequence[Group]) -> Picture | str:
         left = np.zeros(len(bars))
         for number, kind in enumerate(KINDS):
             sent = np.array([kinds[number] for kinds in bars.values()]) / MEGABYTE
-            look = {"color": COLOURS[number], "hatch": HATCHES[number], "edgecolor": "white"}
+            look: Any = {"color": COLOURS[number], "hatch": HATCHES[number], "edgecolor": "white"}
             axis.barh(range(len(bars)), sent, left=left, height=0.7, label=kind, **look)
             left += sent
         for place, total in enumerate(left):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import clients, mask_history
-from ..results import Result
+from ..results import Result, numbers
 from .columns import Group
 from .picture import SMALL, WIDTH, Picture, balanced, canvas, png
 
@@ -52,10 +52,10 @@ def density(groups: Sequence[Group]) -> Picture | str:
         from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
         axes = figure.subplots(rows, columns, squeeze=False, sharey=alike, height_ratios=heights)
-        found = np.concatenate([one.density.ravel() for one in drawn])
-        least = found[found > 0].min(initial=1.0)
+        values = np.concatenate([one.density.ravel() for one in drawn])
+        least = values[values > 0].min(initial=1.0)
         low = max((step for step in STEPS[:-1] if step <= least), default=STEPS[0])
-        norm = LogNorm(min(low, 0.5), 1, clip=True)
+        norm = LogNorm(low, 1, clip=True)
         for number, (one, axis) in enumerate(zip(drawn, axes.flat, strict=False)):
             played = one.density.shape[1]
             extent = (0.5, played + 0.5, len(one.layers) - 0.5, -0.5)
@@ -66,7 +66,7 @@ def density(groups: Sequence[Group]) -> Picture | str:
             if number + columns >= len(drawn):
                 axis.set_xlabel("rounds played")
         bar = figure.colorbar(image, ax=_used(axes, len(drawn)), label="density (active fraction)", aspect=30)
-        ticks = [step for step in STEPS if step >= norm.vmin]
+        ticks = [step for step in STEPS if step >= low]
         bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         bar.ax.minorticks_off()
@@ -130,16 +130,23 @@ def labels(groups: Sequence[Group]) -> Picture | str:
 
 
 def _density(group: Group) -> Rounds | None:
-    several = [run for run in group.runs if run.rounds and all("density" in line for line in run.rounds)]
+    several = [run for run in group.runs if run.rounds and all(map(_layers, run.rounds))]
     if not several:
         return None
-    layers = tuple(several[0].rounds[0]["density"])
+    layers = tuple(_layers(several[0].rounds[0]))
     played = min(len(run.rounds) for run in several)
 
     def matrix(run: Result) -> Matrix:
-        return np.array([[line["density"].get(layer, np.nan) for layer in layers] for line in run.rounds]).T
+        recorded = map(_layers, run.rounds[:played])
+        return np.array([[of_round.get(layer, np.nan) for layer in layers] for of_round in recorded]).T
 
-    return Rounds(group.name, layers, np.mean([matrix(run)[:, :played] for run in several], axis=0))
+    return Rounds(group.name, layers, np.mean([matrix(run) for run in several], axis=0))
+
+
+def _layers(line: Mapping[str, Any]) -> dict[str, float]:
+    """A round's densities by layer; empty if it has none."""
+    recorded = line.get("density")
+    return dict(numbers(recorded)) if isinstance(recorded, Mapping) else {}
 
 
 def _overlap(group: Group) -> tuple[list[int], Matrix] | None:

@@ -35,7 +35,7 @@ def canvas(height: float) -> Iterator[Figure]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    look: dict[str, Any] = {
+    look: Any = {
         "font.size": 10,
         "axes.titlesize": SMALL + 1,
         "axes.grid": True,
