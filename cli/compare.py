@@ -82,7 +82,7 @@ def comparing(command: Callable[..., Any]) -> Callable[..., Any]:
             "--budgets",
             type=numbers,
             help="Megabytes, up and down together, at which accuracies are compared. "
-            "Default: round numbers up to the smallest total of the runs.",
+            "Default: round numbers up to the largest total of the runs.",
         ),
         click.option("--flops-budgets", type=numbers, help="Training FLOPs likewise: 1e9,5e9."),
         click.option(
@@ -136,9 +136,9 @@ def show(asked: Asked, as_json: bool) -> None:
 
 def write(asked: Asked, out: Path) -> None:
     """The report's folder. Raises RunError if `out` is taken, or without matplotlib."""
+    from ..core.folders import refuse_taken
     from ..core.report.figures import require_matplotlib
     from ..core.report.page import write as written
-    from ..core.tracking import refuse_taken
 
     require_matplotlib()
     refuse_taken(out)

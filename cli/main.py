@@ -109,8 +109,8 @@ def run(chosen: Settings, out: Path | None, workers: int, trackers: tuple[str, .
     fedsparse run --plugin ./mine.py --seed 1
     fedsparse run --plugin pffdst --track tensorboard
     """
+    from ..core.folders import refuse_taken
     from ..core.trackers import tracked
-    from ..core.tracking import refuse_taken
 
     resolved = tracked(chosen.resolve(), trackers)
     if out is not None:

@@ -382,7 +382,7 @@ def carry_out(
 @contextmanager
 def held(plan: Plan, out: Path) -> Iterator[None]:
     """Keeps other ablations out of the folder, which gets the plan. Raises RunError if it has another one."""
-    from .tracking import refuse_taken
+    from .folders import refuse_taken
 
     path = out / PLAN
     if not path.exists():

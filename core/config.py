@@ -203,6 +203,9 @@ class OutputConfig(Section):
     )
     evaluate_every: int = Field(10, ge=1, description="rounds between evaluations; the last is always one")
     checkpoint_every: int = Field(50, ge=1, description="rounds between checkpoints")
+    masks: int = Field(
+        20, ge=0, description="rounds, evenly spread, whose mask is kept for the report; 0: of none"
+    )
 
 
 class MethodConfig(Section):

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from . import task
 from .config import Layer
 from .errors import RunError
+from .folders import refuse_taken
 from .layout import Layout
 from .packing import load_csr, load_packed, save_csr, save_packed
 from .resolve import resolve
 from .results import Result
-from .tracking import refuse_taken
 
 __all__ = ["FORMATS", "Exported", "Latency", "export", "load_csr", "load_packed"]
 

@@ -17,8 +17,10 @@ def measured(
 ) -> dict[str, Any]:
     """Training metrics, sparsity, frozen fraction, and how the mask moved from `before` to `now`.
 
-    Counts are over prunable weights. The training loss is NaN if nobody reported. Raises RunError if it is
-    not finite otherwise.
+    Over prunable weights: `density` is the active share of each layer, `mask_changed` counts positions that
+    are active in one of both masks, `regrown_fraction` is the share of those active now that were not before,
+    `frozen_fraction` of those that no longer change. The training loss is NaN if nobody reported. Raises
+    RunError if it is not finite otherwise.
     """
     means = {name: float(value) / uploads.steps_weight for name, value in uploads.metrics.items()}
     if uploads.samples and not math.isfinite(means["loss"]):
@@ -28,7 +30,8 @@ def measured(
         )
     means.setdefault("loss", math.nan)
     total = sum(mask.numel() for mask in now.values())
-    active = sum(masks.active(now).values())
+    counts = masks.active(now)
+    active = sum(counts.values())
     still = sum(masks.active({name: state.frozen[name] for name in prunable}).values())
     both = sum(masks.active({name: now[name] & before[name] for name in prunable}).values())
     either = sum(masks.active({name: now[name] | before[name] for name in prunable}).values())
@@ -36,7 +39,9 @@ def measured(
         "round": clock.round,
         **{f"train_{name}": value for name, value in means.items()},
         "sparsity": 1 - active / total,
+        "density": {name: round(count / now[name].numel(), 6) for name, count in counts.items()},
         "frozen_fraction": still / active if active else 0.0,
+        "regrown_fraction": (active - both) / active if active else 0.0,
         "mask_changed": either - both,
         "mask_iou": both / either if either else 1.0,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,12 +67,13 @@ class Result:
 
     @property
     def metrics(self) -> dict[str, NDArray[np.float64]]:
-        """Every number of `metrics.jsonl` by name, one value a round; NaN where a round has none."""
-        names = dict.fromkeys(name for line in self.rounds for name, v in line.items() if _number(v))
-        return {
-            name: np.array([line[name] if _number(line.get(name)) else np.nan for line in self.rounds])
-            for name in names
-        }
+        """Every number of `metrics.jsonl` by name, one value a round; NaN where a round has none.
+
+        What a line holds by layer is `density/fc1.weight`.
+        """
+        rounds = [dict(numbers(line)) for line in self.rounds]
+        names = dict.fromkeys(name for line in rounds for name in line)
+        return {name: np.array([line.get(name, np.nan) for line in rounds], dtype=float) for name in names}
 
     def frame(self) -> pandas.DataFrame:
         """The same as a pandas frame, a row a round. Raises RunError where pandas is not installed."""
@@ -89,5 +90,10 @@ class Result:
         return f"Result({str(self.path)!r}, method={method!r}, rounds={len(self.rounds)}{shown})"
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers among a round's metrics by name; those of a table as `table/name`."""
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + name, value

@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, task
+from . import checkpoint, clients, mask_history, task
 from .compose import PluginError
 from .engine import Engine
 from .errors import RunError
 from .execution.workers import LostWorkerError
+from .folders import refuse_taken
 from .resolve import Resolved
 from .state import Report, ServerState
-from .tracking import RunFolder, refuse_taken
+from .tracking import RunFolder
 
 Watcher = Callable[[Report], None]
 Begun = Callable[[Engine, RunFolder], None]
@@ -57,6 +58,7 @@ def run(
             _follow(engine, state)
             return {}
         folder = RunFolder(resolved, out, resume_at=state.round if resume else None)
+        clients.write(folder.path, engine.task)
         begun(engine, folder)
         state, interrupted = _play(engine, folder, state, watch, made_by)
     summary = folder.finish(
@@ -88,12 +90,17 @@ def _play(
 ) -> tuple[ServerState, bool]:
     """Plays and records the rounds that are left; the last state, and whether Ctrl-C ended them."""
     every, rounds = engine.config.output.checkpoint_every, engine.config.federation.rounds
+    kept = mask_history.kept_rounds(rounds, engine.config.output.masks)
     try:
         if engine.hooks.has_extra("on_run_begin"):
             engine.hooks.extra("on_run_begin", folder=folder.path, settings=folder.resolved.tree())
+        if state.round in kept:
+            mask_history.keep(folder.path, state.round, engine.sent(state))
         for report in engine.rounds(state):
             state = report.state
             folder.record(report.metrics)
+            if state.round in kept:  # before the checkpoint: who goes on from it writes no mask of the past
+                mask_history.keep(folder.path, state.round, engine.sent(state))
             if state.round % every == 0 or state.round == rounds or report.stop:
                 checkpoint.save(folder.path / "checkpoint", state, engine.ledger.state(), made_by)
             watch(report)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import PrivateAttr
 
+from . import results
 from .errors import ConfigError, Problem, RunError, nearest
 from .hookspecs import hookimpl
 from .part import Part
@@ -140,10 +141,8 @@ def tracked(resolved: Resolved, names: Iterable[str]) -> Resolved:
 
 
 def numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers among a round's metrics, but the round itself."""
-    for name, value in metrics.items():
-        if name != "round" and isinstance(value, int | float) and not isinstance(value, bool):
-            yield name, float(value)
+    """The numbers among a round's metrics, but the round itself; by layer as `density/fc1.weight`."""
+    return ((name, float(value)) for name, value in results.numbers(metrics) if name != "round")
 
 
 def flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from .errors import RunError
+from .folders import refuse_taken
 from .provenance import about
 from .resolve import Resolved
 from .state import Params, ServerState
@@ -164,16 +165,6 @@ class RunFolder:
         self._metrics.close()
         self._held.close()
         (self.path / "error.log").write_text(text, encoding="utf-8")
-
-
-def refuse_taken(path: Path) -> None:
-    """Raises RunError if `path` exists and is not an empty folder."""
-    try:
-        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot write to {path}: {error}") from None
-    if taken:
-        raise RunError(f"{path} exists and is not an empty folder; name another with --out")
 
 
 def versions() -> dict[str, str]:

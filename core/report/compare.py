@@ -18,11 +18,11 @@ from .bandwidth import Bandwidth
 from .columns import Group, column, differing, grouped, shown, traffic
 
 MEGABYTE = 1e6
-ROUND_BUDGETS = 4  # columns where no budgets are given
+ROUND_BUDGETS = 6  # columns, at most, where no budgets are given
 NOT_REACHED, NOT_EVALUATED, NO_ROUNDS = "not reached", "not evaluated", "no rounds"
 NOT_RECORDED = "not recorded"
 NO_BUDGET = (
-    "No round number of {} lies between the first evaluations and the smallest total of the runs; choose "
+    "No round number of {} lies between the first evaluation and the largest total of the runs; choose "
     "by --budgets and --flops-budgets, or evaluate more often (output.evaluate_every)."
 )
 NO_TARGET = "No target accuracy: of no method have all runs been evaluated; choose one by --target."
@@ -136,7 +136,7 @@ def compare(
     """Compares the runs in these folders.
 
     `budgets` are megabytes (10^6 bytes) up and down together, `flops_budgets` training FLOPs, over all
-    clients since the start; without any, round numbers up to the smallest total of the runs. The accuracy at
+    clients since the start; without any, round numbers up to the largest total of the runs. The accuracy at
     a budget is that of the last evaluation at or below it; a run that ended below the budget did not reach
     it. `target`, in (0, 1], is of the pooled test set or of clients (`accuracy`); None is the lowest final
     accuracy among the groups, rounded down to three digits. Means are over seeds, deviations sample ones.
@@ -303,21 +303,27 @@ def _flops(run: Result) -> NDArray[np.float64]:
 
 
 def _round_budgets(groups: Sequence[Group], spent: Callable[[Result], NDArray[np.float64]]) -> list[float]:
-    """The largest round numbers that every evaluated run has spent, and been evaluated within."""
-    evaluated = [run for g in groups for run in g.runs if np.isfinite(column(run, "test_accuracy")).any()]
+    """Round numbers spread from the first evaluation of a run to the largest total of one."""
+    evaluated = [
+        (costs, known)
+        for run in (run for group in groups for run in group.runs)
+        if (known := np.isfinite(column(run, "test_accuracy"))).any()
+        and np.isfinite(costs := spent(run)).all()
+    ]
     if not evaluated:
         return []
-    most = min(float(spent(run)[-1]) for run in evaluated)
-    least = max(float(spent(run)[np.isfinite(column(run, "test_accuracy"))][0]) for run in evaluated)
+    least = min(float(costs[known][0]) for costs, known in evaluated)
+    most = max(float(costs[-1]) for costs, _ in evaluated)
     if not most > 0:
         return []
     top, found = math.floor(math.log10(most)), list[float]()
-    for digits in ((10, 20, 50), range(10, 100, 5), range(10, 100)):
-        tried = (digit * 10.0 ** (power - 1) for power in range(top - 2, top + 1) for digit in digits)
+    # from fine steps to coarse ones: the first that are few enough
+    for digits in (range(10, 100), range(10, 100, 5), range(10, 100, 10), (10, 20, 50), (10, 30), (10,)):
+        tried = (digit * 10.0 ** (power - 1) for power in range(top - 5, top + 1) for digit in digits)
         found = [budget for budget in tried if least <= budget <= most and budget >= 1]
-        if len(found) > 1:
+        if len(found) <= ROUND_BUDGETS:
             break
-    return found[-ROUND_BUDGETS:]
+    return found
 
 
 def _notes(groups: Sequence[Group]) -> list[str]:

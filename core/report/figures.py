@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,32 +12,27 @@ from numpy.typing import NDArray
 
 from ..errors import RunError
 from ..results import Result
+from . import bars, maps
 from .columns import Group, column, traffic
+from .picture import COLOURS, MEGABYTE, Picture, balanced, canvas, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
 
-# Okabe and Ito's, which readers with any colour vision can tell apart; without their yellow, faint on white
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MARKERS = ("o", "s", "^", "D", "v")  # with colours and dashes, no two of 140 lines look alike
-WIDTH, HEIGHT, GAP = 7.0, 2.9, 0.3  # inches: of a page's column, of one panel, of a line of the legend
-DPI = 160
+HEIGHT, GAP = 2.9, 0.3  # inches: of one panel, of a line of the legend
 LABEL = 65  # characters of a line of the legend
 POINTS = 50  # of a line, up to which they are marked
-MEGABYTE = 1e6
 Columns = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A PNG with what is said of it."""
+class Figures(NamedTuple):
+    """The pictures that runs allow, and of others why they are missing."""
 
-    name: str
-    title: str
-    caption: str
-    png: bytes
+    pictures: tuple[Picture, ...]
+    notes: tuple[str, ...]
 
 
 class Panel(NamedTuple):
@@ -61,14 +53,17 @@ BAND = (
 )
 
 
-def draw(groups: Sequence[Group]) -> tuple[Picture, ...]:
-    """Every picture that the metrics of these runs allow. Raises RunError where matplotlib is missing."""
+def draw(groups: Sequence[Group]) -> Figures:
+    """Every picture that these runs allow.
+
+    Raises RunError where matplotlib is missing, or if a file of a run is damaged.
+    """
     require_matplotlib()
     accuracy = Panel("test accuracy (fraction)", lambda run: column(run, "test_accuracy"), stepped=False)
     sparsity = Panel("sparsity (fraction)", lambda run: column(run, "sparsity"), (0, 1))
     frozen = Panel("frozen fraction", lambda run: column(run, "frozen_fraction"), (0, 1))
     overlap = Panel("mask IoU (0 to 1)", lambda run: column(run, "mask_iou"), (0, 1))
-    grown = Panel("regrown fraction", regrown, (0, 1))
+    grown = Panel("regrown fraction", lambda run: column(run, "regrown_fraction"))
     up = Panel("upload, MB a round", lambda run: column(run, "upload_bytes") / MEGABYTE)
     down = Panel("download, MB a round", lambda run: column(run, "download_bytes") / MEGABYTE)
     planned: list[tuple[str, str, str, tuple[Panel, ...], bool]] = [
@@ -98,8 +93,8 @@ def draw(groups: Sequence[Group]) -> tuple[Picture, ...]:
         (
             "masks",
             "How masks move",
-            "Intersection over union of the masks after a round and before it, and the share of the active "
-            f"weights that were not active before it. {BAND}",
+            "Intersection over union of the global masks after a round and before it, and regrown weights: "
+            f"the share of the active ones that were not active before the round. {BAND}",
             (overlap, grown),
             False,
         ),
@@ -111,12 +106,14 @@ def draw(groups: Sequence[Group]) -> tuple[Picture, ...]:
             False,
         ),
     ]
-    pictures = []
-    for name, title, caption, panels, by_bytes in planned:
-        png = _png(groups, panels, by_bytes)
-        if png:
-            pictures.append(Picture(name, title, caption, png))
-    return tuple(pictures)
+    lines = [_lines(groups, *figure) for figure in planned]
+    before, after = lines[:-1], lines[-1:]
+    made = [*before, maps.density(groups), maps.overlap(groups), *after]
+    made += [bars.upload_kinds(groups), maps.labels(groups)]
+    return Figures(
+        tuple(one for one in made if isinstance(one, Picture)),
+        tuple(one for one in made if isinstance(one, str)),
+    )
 
 
 def require_matplotlib() -> None:
@@ -127,30 +124,18 @@ def require_matplotlib() -> None:
         raise RunError("figures need matplotlib: pip install 'fedsparse[plots]'") from None
 
 
-def regrown(run: Result) -> Columns:
-    """Share of the active weights that were not active a round before; NaN in round 0.
-
-    With the densities d and d' now and before, and the masks' intersection over union J, the weights that
-    stayed are (d + d') · J / (1 + J) of the prunable ones.
-    """
-    density, overlap = 1 - column(run, "sparsity"), column(run, "mask_iou")
-    before = np.concatenate([[np.nan], density])[: len(density)]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = 1 - (density + before) * overlap / (1 + overlap) / density
-    return np.asarray(np.where(density > 0, np.clip(share, 0, 1), np.nan))
-
-
-def _png(groups: Sequence[Group], panels: Sequence[Panel], by_bytes: bool) -> bytes | None:
-    """The drawn panels, one below the other; None if no run has what they show."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
+def _lines(
+    groups: Sequence[Group], name: str, title: str, caption: str, panels: Sequence[Panel], by_bytes: bool
+) -> Picture | str:
+    """Panels one below the other, a line a group; or why there are none."""
     columns = 1 if max(len(group.name) for group in groups) > 38 else 2
     columns = 3 if all(len(group.name) <= 22 for group in groups) else columns
+    columns = balanced(len(groups), columns)
     lines_each = max(len(wrap(group.name, LABEL)) for group in groups)
     height = HEIGHT * len(panels) + GAP * (1 + lines_each * math.ceil(len(groups) / columns))
-    with _style():
-        figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    with canvas(height) as figure:
+        from matplotlib.ticker import MaxNLocator
+
         axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
         drawn: dict[str, tuple[Line2D, str]] = {}
         for panel, axis in zip(panels, axes, strict=True):
@@ -162,12 +147,10 @@ def _png(groups: Sequence[Group], panels: Sequence[Panel], by_bytes: bool) -> by
         axes[-1].xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=not by_bytes))
         axes[-1].set_xlabel(MEGABYTES if by_bytes else ROUNDS)
         if not drawn:
-            return None
+            return f"{title}: no run has recorded it."
         lines, labels = zip(*(drawn[group.name] for group in groups if group.name in drawn), strict=True)
         figure.legend(lines, labels, loc="outside lower center", ncols=columns)
-        file = io.BytesIO()
-        figure.savefig(file, format="png")
-    return file.getvalue()
+        return Picture(name, title, caption, png(figure))
 
 
 def _draw(
@@ -210,29 +193,3 @@ def _frame(axis: Axes, panel: Panel) -> None:
 def _look(number: int) -> dict[str, Any]:
     looks = {"color": COLOURS, "linestyle": DASHES, "marker": MARKERS}
     return {name: choices[number % len(choices)] for name, choices in looks.items()}
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    """Our own look, whatever the user's matplotlibrc says; text that holds $ is no formula."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "font.size": 10,
-                "axes.grid": True,
-                "grid.color": "#dddddd",
-                "grid.linewidth": 0.6,
-                "axes.axisbelow": True,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "lines.linewidth": 1.8,
-                "lines.markersize": 3.5,
-                "legend.frameon": False,
-                "legend.handlelength": 3.2,
-                "text.parse_math": False,
-            }
-        )
-        yield

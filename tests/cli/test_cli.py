@@ -58,6 +58,8 @@ def test_run_writes_the_folder_and_says_where(tmp_path):
         "checkpoint",
         "model.safetensors",
         "mask.safetensors",
+        "masks",
+        "clients.json",
     }
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [0, 1, 2, 3]
@@ -66,7 +68,9 @@ def test_run_writes_the_folder_and_says_where(tmp_path):
         "seconds",
         "train_loss",
         "sparsity",
+        "density",
         "frozen_fraction",
+        "regrown_fraction",
         "upload_bytes",
         "download_bytes",
         "upload_bytes_total",

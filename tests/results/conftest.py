@@ -34,6 +34,7 @@ def made(tmp_path, monkeypatch):
                 "sparsity": 0.8,
                 "frozen_fraction": 0.0,
                 "mask_iou": 1.0,
+                "regrown_fraction": 0.0,
                 "upload_bytes": megabytes * MB,
                 "download_bytes": megabytes * MB,
                 "upload_bytes_total": (number + 1) * megabytes * MB,

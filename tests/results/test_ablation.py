@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -153,9 +154,8 @@ def test_a_run_without_summary_or_checkpoint_is_played_anew_and_no_other(tmp_pat
     half_made = tmp_path / "a" / "base_seed1"
     for path in [*half_made.glob("*.*")]:
         path.unlink()
-    for path in (half_made / "checkpoint").iterdir():
-        path.unlink()
-    (half_made / "checkpoint").rmdir()
+    for name in ("checkpoint", "masks"):
+        shutil.rmtree(half_made / name)
     (half_made / "config.toml").touch()  # as if killed while the folder was being made
     kept = [tmp_path / "a" / name for name in ("base_seed0", "freeze_policy=fedavg_seed1")]
     before = [files(folder) for folder in kept]

@@ -107,14 +107,21 @@ def test_what_a_target_cost(made):
     assert rows(clients, "to_target")["alpha"][0] == "5"
 
 
-def test_budgets_are_round_and_within_all_runs(made):
-    a = made("a", [0.1] * 200)  # to 400 MB
+def test_budgets_are_round_and_spread_up_to_the_largest_total(made):
+    a = made("a", [0.1] * 200)  # from 2 MB to 400 MB
     b = made("b", [None, 0.5] * 30, plugin="beta")  # first evaluated at 4 MB, to 120 MB
-    cells = compare([a, b]).tree()["groups"][1]["figures"]["test_accuracy_at_bytes"]
-    assert [cell["at"] / MB for cell in cells] == [10, 20, 50, 100]
-    assert [cell["mean"] for cell in cells] == [0.5] * 4
-    short = compare([made("c", FIVE[:4], seed=3)]).tree()["groups"][0]["figures"]
-    assert [cell["at"] / MB for cell in short["test_accuracy_at_bytes"]] == [6.5, 7, 7.5, 8]
+    c = made("c", [0.5] * 50, plugin="gamma", megabytes=100)  # from 200 MB to 10 GB
+
+    def chosen(*runs):
+        cells = compare(runs).tree()["groups"][0]["figures"]["test_accuracy_at_bytes"]
+        return [cell["at"] / MB for cell in cells]
+
+    assert chosen(b) == [5, 10, 20, 50, 100]
+    assert chosen(b, a) == [3, 10, 30, 100, 300]  # 2, 5, 10, 20, 50, 100, 200 would be too many
+    assert chosen(b, a, c) == [10, 100, 1000, 10_000]
+    cells = compare([b, a]).tree()["groups"][0]["figures"]["test_accuracy_at_bytes"]
+    assert [cell.get("missing") for cell in cells] == [["not evaluated"], None, None, None, ["not reached"]]
+    assert chosen(made("short", FIVE[:4], seed=3)) == [4, 5, 6, 7, 8]
 
 
 def test_runs_without_evaluations_are_shown_as_such(made):
