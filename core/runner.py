@@ -12,7 +12,7 @@ from typing import Any
 from . import checkpoint, task
 from .compose import PluginError
 from .disk import DiskError
-from .ending import ended_by, ends_after_round
+from .ending import asked, ended_by, ends_after_round
 from .engine import Engine
 from .errors import RunError
 from .execution.workers import LostWorkerError
@@ -54,7 +54,7 @@ def run(
             raise RunError(f"the run in {out} has played all of its {state.round} rounds")
     else:
         state = engine.start()
-    first = engine.workers.rank == 0
+    first, engine.executor.say = engine.workers.rank == 0, say
     with ends_after_round(engine, say if first else lambda text: None):
         if not first:
             _follow(engine, state)
@@ -88,7 +88,8 @@ def _follow(engine: Engine, state: ServerState) -> None:
     except KeyboardInterrupt:
         return
     except LostWorkerError:
-        raise
+        if signal.SIGINT not in asked:
+            raise  # else it was lost to a second Ctrl-C, which waiting for it kept from this worker
     except Exception as error:
         _keep(error, folder, engine.workers.rank)
         raise
@@ -114,9 +115,14 @@ def _play(
                 return state, ended_by().name
     except KeyboardInterrupt:
         return state, signal.SIGINT.name
-    except (DiskError, LostWorkerError):
+    except LostWorkerError:
+        if signal.SIGINT in asked:
+            return state, signal.SIGINT.name
         folder.close()
-        raise  # of the first the message says all, of the second the other worker's
+        raise  # the other one's report says what happened
+    except DiskError:
+        folder.close()
+        raise  # its message says all
     except Exception as error:
         folder.close()
         _keep(error, folder.path)

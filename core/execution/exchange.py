@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ class Plan:
     target: float
     lr: float
     broadcast: Params = field(default_factory=dict)
+
+
+class Measured(NamedTuple):
+    """The part of `Uploads` to which clients add while they still train."""
+
+    metrics: Totals
+    score: Totals
+    steps_weight: int
 
 
 @dataclass
@@ -63,6 +71,15 @@ class Uploads:
         """Adds one client's contribution, and remembers its types."""
         self.dtypes |= {name: value.dtype for name, value in entries.items()}
         self.add(self.sums, entries)
+
+    def measured(self, with_score: bool) -> Measured:
+        """What training has added so far, kept for `back_to`; the score, of the model's size, if asked."""
+        score = {name: total.clone() for name, total in self.score.items()} if with_score else self.score
+        return Measured({n: total.clone() for n, total in self.metrics.items()}, score, self.steps_weight)
+
+    def back_to(self, kept: Measured) -> None:
+        """Forgets what training added since."""
+        self.metrics, self.score, self.steps_weight = kept
 
     def tensors(self) -> Iterator[Tensor]:
         """Every sum, in an order that all workers share."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -15,8 +15,10 @@ from ..budget import Budget
 from ..compose import Hooks
 from ..contracts import Contracts, versions
 from ..dropout import drops
+from ..errors import RunError
 from ..ledger import Ledger
 from ..loss import ClientLoss, ModelLoss
+from ..memory import out_of_memory
 from ..state import Batch, Carry, Clock, Masks, Memory, Params, Readjusted, Scores, Stepped, Sums, moved_to
 from ..task import Task
 from .exchange import Plan, Uploads
@@ -38,6 +40,10 @@ class Client:
 
 class Executor(ABC):
     """Trains a round's clients on one device. What they compute does not depend on the kind of executor."""
+
+    size = 1  # clients at once
+    say: Callable[[str], object] = staticmethod(lambda text: None)
+    """where news go, such as that fewer clients fit into memory than was thought"""
 
     def __init__(
         self,
@@ -62,11 +68,26 @@ class Executor(ABC):
         given = (state.params, state.mask, state.frozen, state.buffers)
         before = versions(*given)
         uploads = Uploads()
-        self.train_all(plan, clients, uploads)
+        try:
+            self.train_all(plan, clients, uploads)
+        except Exception as error:
+            if out_of_memory(error):
+                raise RunError(self.too_large()) from error
+            raise
         if versions(*given) != before:
             raise self.hooks.where("local_step").breach("wrote into a tensor it was given; return new ones")
         self.hooks.at = (plan.clock.round, None)
         return uploads
+
+    def too_large(self) -> str:
+        """What to say of clients that do not fit into memory."""
+        clients = f"{self.size} clients at once do" if self.size > 1 else "one client alone does"
+        fewer = f"execution.chunk below {self.size}, " if self.size > 1 else ""
+        return (
+            f"out of memory: {clients} not fit into that of {self.task.device}. Set {fewer}a smaller "
+            f"federation.batch_size (now {self.task.federation.batch_size}), a smaller task.model, or on a "
+            "GPU execution.precision = 'bfloat16'"
+        )
 
     @abstractmethod
     def train_all(self, plan: Plan, clients: Sequence[int], uploads: Uploads) -> None:
@@ -114,9 +135,17 @@ class Executor(ABC):
         return masks.support(client.params, client.mask) if self.hooks.sends == "support" else client.mask
 
     def download(self, plan: Plan, number: int) -> Client:
+        """A client as it starts, with its download charged."""
+        self.charge_download(plan, number)
+        return self.fresh(plan, number)
+
+    def charge_download(self, plan: Plan, number: int) -> None:
+        """Charges what the client receives."""
+        self.ledger.download(number, extra=self.ledger.sidecar(plan.broadcast))
+
+    def fresh(self, plan: Plan, number: int) -> Client:
         """The client's state is the server's; its optimiser starts fresh."""
         state = plan.state
-        self.ledger.download(number, extra=self.ledger.sidecar(plan.broadcast))
         fresh: dict[str, Params] = {}
         if self.hooks.get("client_init"):
             fresh = self.hooks.call(

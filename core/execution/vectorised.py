@@ -7,8 +7,9 @@ whole minibatch (BatchNorm, pruned activations), clients are stepped in groups o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import masks, rng
+from ..memory import out_of_memory
 from ..state import Batch, Carry, Clock, Masks, Params, Scores
 from .exchange import Plan, Uploads
 from .step import IGNORED, Given, Step, filled, stacked
@@ -36,6 +38,8 @@ class Chunk:
     mask: Masks
     trainable: Masks
     readjusted: bool = False
+    contributions: Params = field(default_factory=dict)
+    sums: Params = field(default_factory=dict)
 
     def one(self, at: int) -> Client:
         """A client, with views of its own tensors."""
@@ -49,27 +53,53 @@ class Chunk:
 
 
 class Vectorised(Executor):
-    """Trains up to `size` clients at once."""
-
-    size = 1
+    """Trains up to `size` clients at once; fewer from the moment on in which they do not fit into memory."""
 
     def train_all(self, plan: Plan, clients: Sequence[int], uploads: Uploads) -> None:
-        by_samples = sorted(clients, key=lambda c: (-len(self.task.partition.train_of(c)), c))
-        for numbers in apart(by_samples, self.size):
-            self.hooks.at = (plan.clock.round, None)
+        waiting = sorted(clients, key=lambda c: (-len(self.task.partition.train_of(c)), c))
+        while waiting:
+            trained = list[int]()
+            for numbers in apart(waiting, self.size):
+                self.hooks.at = (plan.clock.round, None)
+                chunk = self.train_fitting(plan, numbers, uploads)
+                if chunk is None:
+                    break
+                for number in numbers:
+                    self.charge_download(plan, number)
+                self.upload(plan, chunk, uploads)
+                trained += numbers
+            waiting = [*(Counter(waiting) - Counter(trained)).elements()]
+
+    def train_fitting(self, plan: Plan, numbers: Sequence[int], uploads: Uploads) -> Chunk | None:
+        """The chunk after its training; None, and half as many clients from now on, if it does not fit."""
+        kept = uploads.measured(self.collects_score(plan))
+        try:
             # what layers other than dropout draw repeats, but is not what they draw one after another
             with self.model_randomness(plan, numbers[0]):
-                self.train_chunk(plan, numbers, uploads)
+                return self.train_chunk(plan, numbers, uploads)
+        except Exception as error:
+            if not out_of_memory(error) or len(numbers) == 1:
+                raise
+        # here, where the error and with it the tensors of its frames are gone
+        uploads.back_to(kept)
+        if self.task.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.size = len(numbers) // 2
+        self.say(
+            f"{len(numbers)} clients at once do not fit into the memory of {self.task.device}: {self.size} "
+            "at once from now on (execution.chunk); the results are those of that setting"
+        )
+        return None
 
     def stack(self, plan: Plan, numbers: Sequence[int]) -> Chunk:
         """The chunk as it downloads."""
-        clients = [self.download(plan, number) for number in numbers]
+        clients = [self.fresh(plan, number) for number in numbers]
         params = {name: p.expand(len(clients), *p.shape) for name, p in plan.state.params.items()}
         carry: Carry = pytree.tree_map(lambda *each: torch.stack(each), *(c.carry for c in clients))
         return Chunk(clients, params, carry, plan.state.mask, plan.trainable)
 
-    def train_chunk(self, plan: Plan, numbers: Sequence[int], uploads: Uploads) -> None:
-        """All local epochs of a chunk, its readjustments, and its upload."""
+    def train_chunk(self, plan: Plan, numbers: Sequence[int], uploads: Uploads) -> Chunk:
+        """All local epochs of a chunk, its readjustments, and what it contributes; nothing is charged yet."""
         chunk, device = self.stack(plan, numbers), self.task.device
         every = [self.keys(plan, number) for number in numbers]
         keys = {name: torch.tensor([own[name] for own in every], device=device) for name in every[0]}
@@ -90,7 +120,8 @@ class Vectorised(Executor):
         if self.collects_score(plan):
             for at, own_batches in enumerate(batches):
                 self.add_score(plan, chunk.one(at), own_batches, uploads)
-        self.upload(plan, chunk, uploads)
+        self.contribute(plan, chunk)
+        return chunk
 
     def groups(self, batches: Sequence[Sequence[Batch]], index: int) -> Iterator[tuple[int, int, Batch]]:
         """The stacked minibatches of a step, with the range of the clients that they belong to."""
@@ -185,8 +216,8 @@ class Vectorised(Executor):
             self.contracts.budget(where, own.mask, plan.budget, self.hooks.promise("readjust"))
         self.hooks.at = (plan.clock.round, None)
 
-    def upload(self, plan: Plan, chunk: Chunk, uploads: Uploads) -> None:
-        """Adds the clients' contributions, charges them, and keeps their rows."""
+    def contribute(self, plan: Plan, chunk: Chunk) -> None:
+        """What the clients contribute, and its sum."""
         sizes = [float(len(self.task.partition.train_of(client.number))) for client in chunk.clients]
         weights = torch.tensor(sizes, device=self.task.device)
 
@@ -194,16 +225,19 @@ class Vectorised(Executor):
             return self.contribution(plan, Client(-1, params, mask, carry, {}), weight)
 
         owned = 0 if chunk.readjusted else None
-        contributions = torch.func.vmap(one, in_dims=(0, owned, 0, 0))(
+        chunk.contributions = torch.func.vmap(one, in_dims=(0, owned, 0, 0))(
             chunk.params, chunk.mask, chunk.carry, weights
         )
-        uploads.dtypes |= {name: value.dtype for name, value in contributions.items()}
-        sums = {name: value.sum(0, dtype=torch.float64) for name, value in contributions.items()}
+        chunk.sums = {name: value.sum(0, dtype=torch.float64) for name, value in chunk.contributions.items()}
+
+    def upload(self, plan: Plan, chunk: Chunk, uploads: Uploads) -> None:
+        """Adds the clients' contributions, charges them, and keeps their rows."""
+        uploads.dtypes |= {name: value.dtype for name, value in chunk.contributions.items()}
         if self.contracts:
-            self.contracts.summed(self.hooks.where("contribute"), sums, uploads.sums)
-        uploads.add(uploads.sums, sums)
+            self.contracts.summed(self.hooks.where("contribute"), chunk.sums, uploads.sums)
+        uploads.add(uploads.sums, chunk.sums)
         for at in range(len(chunk.clients)):
-            self.account(plan, chunk.one(at), _pick(contributions, at), uploads)
+            self.account(plan, chunk.one(at), _pick(chunk.contributions, at), uploads)
 
 
 def _pick(tensors: Params, at: int) -> Params:
