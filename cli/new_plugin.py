@@ -90,6 +90,10 @@ from fedsparse.testing import Contract, checks
 
 
 @pytest.mark.parametrize("check", checks("$name"), ids=str)
+
+LONGEST = 100  # letters of a name, which names folders
+
+
 def test_contract(check: Contract) -> None:
     check()
 '''
@@ -155,6 +159,8 @@ def refuse_name(name: str) -> None:
             f"{name!r} cannot name a plugin: expected a Python identifier of lower-case letters, digits and "
             "single underscores, which is no word of the language, such as my_method"
         )
+    if len(name) > LONGEST:
+        raise ConfigError(f"a plugin's name has at most {LONGEST} letters; {name[:20]}… has {len(name)}")
     registry = Registry()
     if name in registry.names():
         raise ConfigError(f"a plugin {name!r} is installed, by {registry.source(name)}; choose another name")

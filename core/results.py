@@ -49,6 +49,8 @@ class Result:
             summary = json.loads(reading.read_text(encoding="utf-8")) if reading.exists() else {}
         except (OSError, ValueError) as error:
             raise RunError(f"cannot read {reading}: {error}") from None
+        if not isinstance(summary, dict):
+            raise RunError(f"{reading} is damaged: it holds no table")
         if [line.get("round") if isinstance(line, dict) else None for line in rounds] != [
             *range(len(rounds))
         ]:

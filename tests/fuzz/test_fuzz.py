@@ -1,8 +1,8 @@
 """Random command lines end with a message and with 0, 1 or 2, never with a traceback."""
 
 import os
-import shutil
 import resource
+import shutil
 import sys
 import time
 import traceback
@@ -93,3 +93,50 @@ def test_random_command_lines(tmp_path, runs, monkeypatch):
 def test_thousands_of_random_command_lines(tmp_path, runs, monkeypatch):
     """FEDSPARSE_FUZZ_SEED=7 draws others."""
     fuzz(SEED + 1, MANY, tmp_path, runs, monkeypatch)
+
+
+FOUND = {
+    "a name that no file can have": (["new-plugin", "a" * 300], "at most 100 letters"),
+    "more samples than a tensor counts": (
+        ["run", "--set", "federation.batch_size=10000000000000"],
+        "batch_size",
+    ),
+    "more clients than can be numbered": (
+        ["run", "--set", f"federation.clients={2**70}"],
+        "federation.clients",
+    ),
+    "a round of a thousand million clients": (
+        [
+            "run",
+            "--set",
+            "federation.clients=10000000000",
+            "--set",
+            "federation.clients_per_round=1000000000",
+        ],
+        "less than or equal to 10000000",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_refused_with_what_is_allowed(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, said = FOUND[case]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize("command", ["diff", "card", "compare", "export"])
+def test_a_summary_that_is_no_table(runs, command):
+    words = [command, *([str(runs[0])] if command == "diff" else []), str(runs[7])]
+    assert (runs[7] / "summary.json").read_bytes() == b"[]"
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1
+    assert "summary.json is damaged" in result.stderr
+
+
+def test_a_batch_larger_than_all_data_takes_no_more_memory_than_the_data(tmp_path):
+    sets = [*SMALL, "federation.batch_size=2000000000", "execution.executor=graph"]
+    words = ["run", *(word for setting in sets for word in ("--set", setting)), "--out", str(tmp_path / "r")]
+    assert CliRunner().invoke(main, words).exit_code == 0
