@@ -90,10 +90,6 @@ from fedsparse.testing import Contract, checks
 
 
 @pytest.mark.parametrize("check", checks("$name"), ids=str)
-
-LONGEST = 100  # letters of a name, which names folders
-
-
 def test_contract(check: Contract) -> None:
     check()
 '''
@@ -121,6 +117,8 @@ FILES = {
     "src/$package/py.typed": "",
     "tests/test_$name.py": TESTS,
 }
+
+LONGEST = 100  # letters of a name, which names folders
 
 
 def new_plugin(name: str, parent: Path) -> Path:
