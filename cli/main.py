@@ -136,16 +136,16 @@ def resume(folder: Path, workers: int, trackers: tuple[str, ...], quiet: bool) -
 
 
 def train(resolved: Resolved, out: Path | None, workers: int, quiet: bool, resume: bool = False) -> None:
-    """Runs here, or in so many new processes; ends with the exit status of an interrupted run if it is."""
+    """Runs here, or in so many new processes; ends with 130 or 143 if Ctrl-C or SIGTERM ended the run."""
     from ..core.execution.workers import launch, started_by_launcher
     from .view import watched_run
 
     if workers > 1 and not started_by_launcher():
-        interrupted = launch(workers, watched_run, resolved, out, quiet, resume)
+        status = launch(workers, watched_run, resolved, out, quiet, resume)
     else:
-        interrupted = watched_run(resolved, out, quiet, resume)
-    if interrupted:
-        sys.exit(INTERRUPTED)
+        status = watched_run(resolved, out, quiet, resume)
+    if status:
+        sys.exit(status)
 
 
 @main.command("new-plugin")

@@ -118,6 +118,8 @@ FILES = {
     "tests/test_$name.py": TESTS,
 }
 
+LONGEST = 100  # letters of a name, which names folders
+
 
 def new_plugin(name: str, parent: Path) -> Path:
     """Writes the package `fedsparse-NAME` into a new folder of `parent`, which is returned.
@@ -155,6 +157,8 @@ def refuse_name(name: str) -> None:
             f"{name!r} cannot name a plugin: expected a Python identifier of lower-case letters, digits and "
             "single underscores, which is no word of the language, such as my_method"
         )
+    if len(name) > LONGEST:
+        raise ConfigError(f"a plugin's name has at most {LONGEST} letters; {name[:20]}… has {len(name)}")
     registry = Registry()
     if name in registry.names():
         raise ConfigError(f"a plugin {name!r} is installed, by {registry.source(name)}; choose another name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -115,18 +116,21 @@ class Live(Lines):
         self.live.stop()
 
 
-def watched_run(resolved: Resolved, out: Path | None, quiet: bool, resume: bool = False) -> bool:
-    """A run under its view; whether it was interrupted. Workers other than the first show nothing."""
+def watched_run(resolved: Resolved, out: Path | None, quiet: bool, resume: bool = False) -> int:
+    """A run under its view; its exit status. Workers other than the first show nothing.
+
+    The status is 0, or as shells report a command that a signal ended: 130 for Ctrl-C, 143 for SIGTERM.
+    """
     me = workers.join()
     try:
         if me.rank > 0:
             runner.run(resolved, out, resume=resume)
-            return False
+            return 0
         view = choose_view(quiet)
         with view:
             summary = runner.run(resolved, out, view.begin, view.round, view.say, resume)
         view.end(summary)
-        return bool(summary["interrupted"])
+        return 128 + signal.Signals[summary["signal"]] if summary["interrupted"] else 0
     finally:
         workers.leave()
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .disk import writing
 from .errors import RunError
 from .hookspecs import SLOTS
 from .resolve import Resolved
@@ -32,6 +33,7 @@ def save(folder: Path, state: ServerState, ledger: dict[str, Any], made_by: Mapp
     """Writes a checkpoint into `folder`, replacing the one there only when the new one is complete.
 
     `made_by` says what decides how the run goes on (`identity` of a run); who goes on must say the same.
+    Raises DiskError if it cannot be written; the one there is left as it is.
     """
     tensors: dict[str, Tensor] = {}
     plain = {
@@ -54,18 +56,23 @@ def save(folder: Path, state: ServerState, ledger: dict[str, Any], made_by: Mapp
     }
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    save_file(tensors, fresh / "tensors.safetensors")
-    with (fresh / "tensors.safetensors").open("rb") as file:
-        os.fsync(file.fileno())
-    with (fresh / "state.json").open("w", encoding="utf-8") as file:
-        file.write(json.dumps(plain))  # six times as fast as json.dump: it lists every client seen
-        file.flush()
-        os.fsync(file.fileno())
-    if folder.exists():  # a kill between the two renames leaves the old one, whole
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    fresh.rename(folder)
+    with writing(folder):
+        try:
+            fresh.mkdir()
+            save_file(tensors, fresh / "tensors.safetensors")
+            with (fresh / "tensors.safetensors").open("rb") as file:
+                os.fsync(file.fileno())
+            with (fresh / "state.json").open("w", encoding="utf-8") as file:
+                file.write(json.dumps(plain))  # six times as fast as json.dump: it lists every client seen
+                file.flush()
+                os.fsync(file.fileno())
+            if folder.exists():  # a kill between the two renames leaves the old one, whole
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+            fresh.rename(folder)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)  # on a full disk it would take the space of the next
+            raise
 
 
 def load(

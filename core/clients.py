@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from .disk import replace
 from .errors import RunError
 
 if TYPE_CHECKING:
@@ -32,19 +33,15 @@ class Labels:
 
 
 def write(run: Path, task: Task) -> None:
-    """Writes the labels of the first `MOST` clients. Raises RunError if it cannot."""
+    """Writes the labels of the first `MOST` clients. Raises DiskError if it cannot."""
     targets, classes = task.dataset.train_targets.cpu().numpy(), task.dataset.classes
     pool = task.partition.clients
     counts = [
         np.bincount(targets[task.partition.train_of(client)], minlength=classes).tolist()
         for client in range(min(pool, MOST))
     ]
-    fresh = run / f"{FILE}.new"
-    try:
-        fresh.write_text(json.dumps({"pool": pool, "label_counts": counts}) + "\n", encoding="utf-8")
-        fresh.replace(run / FILE)
-    except OSError as error:
-        raise RunError(f"cannot write {run / FILE}: {error}") from None
+    text = json.dumps({"pool": pool, "label_counts": counts}) + "\n"
+    replace(run / FILE, lambda fresh: fresh.write_text(text, encoding="utf-8"))
 
 
 def load(run: Path) -> Labels | None:

@@ -60,15 +60,15 @@ class TaskConfig(Section):
 class FederationConfig(Section):
     """Who trains, how long and how fast."""
 
-    clients: int = Field(50, ge=1, description="clients in the pool")
-    clients_per_round: int = Field(10, ge=1, description="clients sampled a round")
+    clients: int = Field(50, ge=1, le=10**15, description="clients in the pool")
+    clients_per_round: int = Field(10, ge=1, le=10**7, description="clients sampled a round")
     replacement: bool = Field(
         False,
         description="sample with replacement, as the FedDST and PFFDST codes do: a client can train twice",
     )
     rounds: int = Field(300, ge=1, description="communication rounds")
     local_epochs: int = Field(2, ge=1, description="passes over a client's data a round")
-    batch_size: int = Field(16, ge=1, description="samples a local step")
+    batch_size: int = Field(16, ge=1, le=2**31 - 1, description="samples a local step")
     shuffle: bool = Field(
         True, description="draw the batches anew each local epoch; false repeats fixed ones"
     )

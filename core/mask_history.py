@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from .disk import replace, writing
 from .errors import RunError
 
 if TYPE_CHECKING:
@@ -40,12 +41,11 @@ def kept_rounds(rounds: int, wanted: int) -> frozenset[int]:
 
 
 def keep(run: Path, played: int, mask: Mapping[str, Tensor]) -> None:
-    """Writes the mask after so many rounds, whole or not at all. Raises RunError if it cannot."""
+    """Writes the mask after so many rounds, whole or not at all. Raises DiskError if it cannot."""
     path = run / FOLDER / f"{played:05d}.npz"
     packed = [np.packbits(active.detach().cpu().contiguous().numpy()) for active in mask.values()]
-    fresh = path.with_suffix(".new")
-    try:
-        path.parent.mkdir(exist_ok=True)
+
+    def write(fresh: Path) -> None:
         with fresh.open("wb") as file:
             np.savez_compressed(
                 file,
@@ -53,9 +53,10 @@ def keep(run: Path, played: int, mask: Mapping[str, Tensor]) -> None:
                 weights=np.array([active.numel() for active in mask.values()]),
                 bits=np.concatenate(packed),
             )
-        fresh.replace(path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error}") from None
+
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+    replace(path, write)
 
 
 def load(run: Path) -> dict[int, Bits]:

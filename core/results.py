@@ -41,11 +41,16 @@ class Result:
         try:
             config = tomllib.loads(reading.read_text(encoding="utf-8"))
             reading = path / "metrics.jsonl"
-            rounds = [json.loads(line) for line in reading.read_text(encoding="utf-8").splitlines()]
+            lines = reading.read_bytes().splitlines(keepends=True)
+            if lines and not lines[-1].endswith((b"\n", b"}")):
+                lines.pop()  # a full disk, or a kill, left half of it
+            rounds = [json.loads(line) for line in lines]
             reading = path / "summary.json"
             summary = json.loads(reading.read_text(encoding="utf-8")) if reading.exists() else {}
         except (OSError, ValueError) as error:
             raise RunError(f"cannot read {reading}: {error}") from None
+        if not isinstance(summary, dict):
+            raise RunError(f"{reading} is damaged: it holds no table")
         if [line.get("round") if isinstance(line, dict) else None for line in rounds] != [
             *range(len(rounds))
         ]:

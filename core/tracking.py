@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import json
 import math
+import os
 import platform
 import re
+import traceback
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from .disk import DiskError, replace, writing
 from .errors import RunError
 from .folders import refuse_taken
 from .provenance import about
@@ -55,6 +61,9 @@ class RunFolder:
         self.last: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
         self.lost: Counter[str] = Counter()
+        self.seconds_before = 0.0
+        """of the rounds that earlier sessions of a resumed run played"""
+        made = False
         try:
             if path is not None and resume_at is not None:
                 self._go_on(path, resume_at)
@@ -67,10 +76,13 @@ class RunFolder:
             self.path = path
             # "x": two runs that start together cannot share a folder
             with (path / "config.toml").open("x", encoding="utf-8") as file:
+                made = True
                 file.write(resolved.toml(provenance=True))
             self._hold()
             self._metrics = (path / "metrics.jsonl").open("x", encoding="utf-8")
         except (OSError, ValueError) as error:
+            if path is not None and made:  # the same command works when there is space
+                (path / "config.toml").unlink(missing_ok=True)
             raise RunError(f"cannot write to {path or resolved.config.output.root}: {error}") from None
 
     def _go_on(self, path: Path, round_: int) -> None:
@@ -78,18 +90,27 @@ class RunFolder:
         self.path = path
         self._hold()
         try:
-            lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[:round_]
+            lines = (path / "metrics.jsonl").read_bytes().splitlines()[:round_]  # a later one may be half
             kept = [json.loads(line) for line in lines]
         except (OSError, ValueError) as error:
             raise RunError(f"cannot read {path / 'metrics.jsonl'}: {error}") from None
         if [line.get("round") for line in kept] != list(range(round_)):
             self._held.close()
             raise RunError(f"{path / 'metrics.jsonl'} lacks rounds that the checkpoint has; it is damaged")
-        (path / "error.log").unlink(missing_ok=True)
-        self._metrics = (path / "metrics.new").open("w", encoding="utf-8")
-        for line in kept:
-            self.record(line)
-        (path / "metrics.new").rename(path / "metrics.jsonl")
+        for log in path.glob("error*.log"):
+            log.unlink()
+        fresh = path / "metrics.new"
+        with writing(fresh):
+            self._metrics = fresh.open("w", encoding="utf-8")
+        try:
+            for line in kept:
+                self.record(line)
+        except DiskError:
+            fresh.unlink(missing_ok=True)
+            self.close()
+            raise
+        fresh.rename(path / "metrics.jsonl")
+        self.seconds_before = sum(line["seconds"] for line in kept)
 
     def _hold(self) -> None:
         """Keeps other runs out of the folder until this process ends. Raises RunError if one is in it."""
@@ -103,15 +124,30 @@ class RunFolder:
             raise RunError(f"a run is going on in {self.path}; wait for its end") from None
 
     def record(self, metrics: Mapping[str, Any]) -> None:
-        """Appends a line to `metrics.jsonl`."""
+        """Appends a line to `metrics.jsonl`. Raises DiskError if it cannot, or if the file was removed."""
         plain = {name: _plain(value) for name, value in metrics.items()}
-        self._metrics.write(json.dumps(plain) + "\n")
-        self._metrics.flush()
+        path = self.path / "metrics.jsonl"
+        with writing(path):
+            self._metrics.write(json.dumps(plain) + "\n")
+            self._metrics.flush()
+            if not os.fstat(self._metrics.fileno()).st_nlink:
+                raise FileNotFoundError(errno.ENOENT, "it was removed while the run went on")
         self.last = {**self.last, **metrics}
         self.lost.update({reason: len(clients) for reason, clients in metrics.get("lost", {}).items()})
         accuracy = metrics.get("test_accuracy")
         if accuracy is not None and accuracy > self.best.get("test_accuracy", -1.0):
             self.best = dict(metrics)
+
+    def settle(self) -> None:
+        """Returns when the lines so far are on the disk, so that no checkpoint is ahead of them."""
+        with writing(self.path / "metrics.jsonl"):
+            os.fsync(self._metrics.fileno())
+
+    def close(self) -> None:
+        """Lets the folder go."""
+        with contextlib.suppress(OSError):  # what a full disk did not take is tried once more, and lost
+            self._metrics.close()
+        self._held.close()
 
     def finish(
         self,
@@ -122,21 +158,17 @@ class RunFolder:
         workers: int,
         clients: int,
         wall_seconds: float,
-        interrupted: bool = False,
+        ended_by: str | None = None,
     ) -> dict[str, Any]:
-        """Writes model, mask and `summary.json`; returns the summary.
+        """Writes model, mask and, when these are whole, `summary.json`; returns the summary.
 
-        `weights` are what the layers use, `clients` those of the pool that hold data.
+        `weights` are what the layers use, `clients` those of the pool that hold data, `wall_seconds` those of
+        this session, `ended_by` names the signal that ended the run early. Raises DiskError.
         """
-        self._metrics.close()
-        self._held.close()
-        tensors = {**weights, **state.buffers}
-        save_file(
-            {name: t.contiguous().cpu() for name, t in tensors.items()}, self.path / "model.safetensors"
-        )
-        save_file(
-            {name: m.contiguous().cpu() for name, m in state.mask.items()}, self.path / "mask.safetensors"
-        )
+        self.close()
+        for name, tensors in (("model", {**weights, **state.buffers}), ("mask", state.mask)):
+            plain = {name: t.contiguous().cpu() for name, t in tensors.items()}
+            replace(self.path / f"{name}.safetensors", partial(save_file, plain))
         summary = {
             "final": _shown(self.last),
             "best": _shown(self.best),
@@ -145,26 +177,40 @@ class RunFolder:
             "swaps": dict(self.resolved.swaps),
             "extras": dict(self.resolved.extras),
             **about(self.resolved),
-            "interrupted": interrupted,
+            "interrupted": ended_by is not None,
+            **({} if ended_by is None else {"signal": ended_by}),
             "rounds": self.last.get("round", -1) + 1,
             **({"lost": dict(sorted(self.lost.items()))} if self.lost else {}),
             "versions": versions(),
             "device": str(device),
             "workers": workers,
             "clients": clients,
-            "wall_seconds": round(wall_seconds, 2),
+            "wall_seconds": round(self.seconds_before + wall_seconds, 2),
             "parameters": sum(p.numel() for p in state.params.values()),
             "buffers": sum(b.numel() for b in state.buffers.values()),
             "nonzero": sum(int(w.count_nonzero()) for w in weights.values()),
         }
-        (self.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(summary, indent=2) + "\n"
+        replace(self.path / "summary.json", lambda fresh: fresh.write_text(text, encoding="utf-8"))
         return summary
 
-    def fail(self, text: str) -> None:
-        """Keeps the traceback of a failed run for the author of a plugin."""
-        self._metrics.close()
-        self._held.close()
-        (self.path / "error.log").write_text(text, encoding="utf-8")
+
+def finished(path: Path) -> bool:
+    """Whether the run in a folder has written all that it leaves."""
+    try:
+        return json.loads((path / "summary.json").read_bytes()).get("interrupted") is False
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def keep_traceback(folder: Path, worker: int = 0) -> Path | None:
+    """Keeps the traceback that is being handled for the author of a plugin; None if it cannot be written."""
+    log = folder / (f"error-worker{worker}.log" if worker else "error.log")
+    try:
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+    except OSError:
+        return None
+    return log
 
 
 def versions() -> dict[str, str]:

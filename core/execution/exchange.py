@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,15 @@ class Plan:
     broadcast: Params = field(default_factory=dict)
     drop_non_finite: bool = False
     """a client that becomes NaN or infinite gives up, and the round goes on without it"""
+
+
+class Measured(NamedTuple):
+    """The part of `Uploads` to which clients add while they still train."""
+
+    metrics: Totals
+    score: Totals
+    steps_weight: int
+    lost: dict[str, list[int]]
 
 
 @dataclass
@@ -90,6 +99,17 @@ class Uploads:
     def before(self) -> Params:
         """Tensors of the names and shapes of the contributions so far; empty before the first."""
         return self.one or self.sums
+
+    def measured(self, with_score: bool) -> Measured:
+        """What training has added so far, kept for `back_to`; the score, of the model's size, if asked."""
+        score = {name: total.clone() for name, total in self.score.items()} if with_score else self.score
+        metrics = {name: total.clone() for name, total in self.metrics.items()}
+        lost = {reason: list(clients) for reason, clients in self.lost.items()}
+        return Measured(metrics, score, self.steps_weight, lost)
+
+    def back_to(self, kept: Measured) -> None:
+        """Forgets what training added since."""
+        self.metrics, self.score, self.steps_weight, self.lost = kept
 
     def tensors(self) -> Iterator[Tensor]:
         """Every sum, in an order that all workers share."""

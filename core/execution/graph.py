@@ -44,7 +44,8 @@ class Graph(Sequential):
     def steps(
         self, plan: Plan, group: Sequence[Client], clock: Clock, batches: Sequence[Sequence[Batch]]
     ) -> None:
-        settings, size = self.settings(plan, clock), self.task.federation.batch_size
+        settings = self.settings(plan, clock)
+        size = min(self.task.federation.batch_size, self.task.partition.train_range[1])  # of the fullest one
         lanes, each = self.lanes[: len(group)], []
         for lane, client, own in zip(lanes, group, batches, strict=True):
             self.hooks.at = (plan.clock.round, client.number)

@@ -17,8 +17,6 @@ from .training import Client, Executor, apart, cleared, finite
 class Sequential(Executor):
     """Trains one client after another."""
 
-    size = 1  # clients whose steps are interleaved; no more than one here
-
     def train_all(self, plan: Plan, clients: Sequence[int], uploads: Uploads) -> None:
         for numbers in apart(clients, self.size):
             self.hooks.at = (plan.clock.round, numbers[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -15,8 +15,10 @@ from ..budget import Budget
 from ..compose import Hooks
 from ..contracts import Contracts, versions
 from ..dropout import drops
+from ..errors import RunError
 from ..ledger import Ledger
 from ..loss import ClientLoss, ModelLoss
+from ..memory import out_of_memory
 from ..state import (
     Batch,
     Carry,
@@ -54,6 +56,10 @@ class Client:
 class Executor(ABC):
     """Trains a round's clients on one device. What they compute does not depend on the kind of executor."""
 
+    size = 1  # clients at once
+    say: Callable[[str], object] = staticmethod(lambda text: None)
+    """where news go, such as that fewer clients fit into memory than was thought"""
+
     def __init__(
         self,
         task: Task,
@@ -77,11 +83,26 @@ class Executor(ABC):
         given = (state.params, state.mask, state.frozen, state.buffers)
         before = versions(*given)
         uploads = Uploads(self.hooks.gathered)
-        self.train_all(plan, clients, uploads)
+        try:
+            self.train_all(plan, clients, uploads)
+        except Exception as error:
+            if out_of_memory(error):
+                raise RunError(self.too_large()) from error
+            raise
         if versions(*given) != before:
             raise self.hooks.where("local_step").breach("wrote into a tensor it was given; return new ones")
         self.hooks.at = (plan.clock.round, None)
         return uploads
+
+    def too_large(self) -> str:
+        """What to say of clients that do not fit into memory."""
+        clients = f"{self.size} clients at once do" if self.size > 1 else "one client alone does"
+        fewer = f"execution.chunk below {self.size}, " if self.size > 1 else ""
+        return (
+            f"out of memory: {clients} not fit into that of {self.task.device}. Set {fewer}a smaller "
+            f"federation.batch_size (now {self.task.federation.batch_size}), a smaller task.model, or on a "
+            "GPU execution.precision = 'bfloat16'"
+        )
 
     @abstractmethod
     def train_all(self, plan: Plan, clients: Sequence[int], uploads: Uploads) -> None:

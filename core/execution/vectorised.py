@@ -7,6 +7,7 @@ whole minibatch (BatchNorm, pruned activations), clients are stepped in groups o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .. import masks, rng
 from ..contracts import ContractError
+from ..memory import out_of_memory
 from ..state import Batch, Carry, Clock, Masks, Params, Scores
 from .exchange import Plan, Totals, Uploads
 from .step import IGNORED, Given, Step, filled, stacked
@@ -39,6 +41,9 @@ class Chunk:
     readjusted: bool = False
     measured: Totals = field(default_factory=dict)
     """each client's own sums of metrics, (clients,), as long as it may be dropped"""
+    sent: Params = field(default_factory=dict)
+    contributions: Params = field(default_factory=dict)
+    sums: Params = field(default_factory=dict)
 
     def measure(self, clients: slice, sums: Totals) -> None:
         """Adds the metrics of a step of some clients, float64."""
@@ -69,17 +74,46 @@ class Chunk:
 
 
 class Vectorised(Executor):
-    """Trains up to `size` clients at once."""
-
-    size = 1
+    """Trains up to `size` clients at once; fewer from the moment on in which they do not fit into memory."""
 
     def train_all(self, plan: Plan, clients: Sequence[int], uploads: Uploads) -> None:
-        by_samples = sorted(clients, key=lambda c: (-len(self.task.partition.train_of(c)), c))
-        for numbers in apart(by_samples, self.size):
-            self.hooks.at = (plan.clock.round, None)
+        waiting = sorted(clients, key=lambda c: (-len(self.task.partition.train_of(c)), c))
+        while waiting:
+            trained = list[int]()
+            for numbers in apart(waiting, self.size):
+                self.hooks.at = (plan.clock.round, None)
+                if not self.fits(plan, numbers, uploads):
+                    break
+                trained += numbers
+            waiting = [*(Counter(waiting) - Counter(trained)).elements()]
+
+    def fits(self, plan: Plan, numbers: Sequence[int], uploads: Uploads) -> bool:
+        """Trains a chunk. False, nothing done, and half as many from now on, if memory does not hold it."""
+        kept, charged = uploads.measured(self.collects_score(plan)), self.ledger.mark(numbers)
+        try:
             # what layers other than dropout draw repeats, but is not what they draw one after another
             with self.model_randomness(plan, numbers[0]):
-                self.train_chunk(plan, numbers, uploads)
+                chunk = self.train_chunk(plan, numbers, uploads)
+                if chunk:
+                    self.contribute(plan, chunk)
+        except Exception as error:
+            if not out_of_memory(error) or len(numbers) == 1:
+                raise
+        else:
+            if chunk:
+                self.upload(plan, chunk, uploads)
+            return True
+        # here, where the error and with it the tensors of its frames are gone
+        uploads.back_to(kept)
+        self.ledger.back_to(charged)
+        if self.task.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.size = len(numbers) // 2
+        self.say(
+            f"{len(numbers)} clients at once do not fit into the memory of {self.task.device}: {self.size} "
+            "at once from now on (execution.chunk); the results are those of that setting"
+        )
+        return False
 
     def stack(self, plan: Plan, numbers: Sequence[int]) -> Chunk:
         """The chunk as it downloads."""
@@ -88,8 +122,8 @@ class Vectorised(Executor):
         carry: Carry = pytree.tree_map(lambda *each: torch.stack(each), *(c.carry for c in clients))
         return Chunk(clients, params, carry, plan.state.mask, plan.trainable)
 
-    def train_chunk(self, plan: Plan, numbers: Sequence[int], uploads: Uploads) -> None:
-        """All local epochs of a chunk, its readjustments, and its upload."""
+    def train_chunk(self, plan: Plan, numbers: Sequence[int], uploads: Uploads) -> Chunk | None:
+        """All local epochs of a chunk and its readjustments; None if every client has given up."""
         chunk, device = self.stack(plan, numbers), self.task.device
         every = [self.keys(plan, number) for number in numbers]
         keys = {name: torch.tensor([own[name] for own in every], device=device) for name in every[0]}
@@ -108,7 +142,7 @@ class Vectorised(Executor):
             if plan.drop_non_finite and (lost := self.unsound(plan, chunk, clock, uploads)):
                 places = [at for at in range(len(numbers)) if at not in lost]
                 if not places:
-                    return
+                    return None
                 chunk, numbers = chunk.only(places), [numbers[at] for at in places]
                 batches, keys = [batches[at] for at in places], {n: k[places] for n, k in keys.items()}
         self.check_chunk(plan, chunk)
@@ -116,7 +150,7 @@ class Vectorised(Executor):
         if self.collects_score(plan):
             for at, own_batches in enumerate(batches):
                 self.add_score(plan, chunk.one(at), own_batches, uploads)
-        self.upload(plan, chunk, uploads)
+        return chunk
 
     def unsound(self, plan: Plan, chunk: Chunk, clock: Clock, uploads: Uploads) -> set[int]:
         """Places of clients whose loss or model is not finite after an epoch; they have given up."""
@@ -232,8 +266,8 @@ class Vectorised(Executor):
             self.contracts.budget(where, own.mask, plan.budget, self.hooks.promise("readjust"))
         self.hooks.at = (plan.clock.round, None)
 
-    def upload(self, plan: Plan, chunk: Chunk, uploads: Uploads) -> None:
-        """Adds the clients' contributions, charges them, and keeps their rows."""
+    def contribute(self, plan: Plan, chunk: Chunk) -> None:
+        """What the clients contribute, and its sum."""
         sizes = [float(len(self.task.partition.train_of(client.number))) for client in chunk.clients]
         weights = torch.tensor(sizes, device=self.task.device)
 
@@ -255,22 +289,30 @@ class Vectorised(Executor):
         def one(params: Params, mask: Masks, carry: Carry, weight: Tensor) -> dict[str, Tensor]:
             return self.contribution(plan, Client(-1, params, mask, carry, {}), weight)
 
-        contributions = torch.func.vmap(one, in_dims=(0, owned, 0, 0))(sent, chunk.mask, chunk.carry, weights)
-        each = [_pick(contributions, at) for at in range(len(chunk.clients))]
+        chunk.sent = sent
+        chunk.contributions = torch.func.vmap(one, in_dims=(0, owned, 0, 0))(
+            sent, chunk.mask, chunk.carry, weights
+        )
+        if not self.hooks.gathered:
+            chunk.sums = {n: value.sum(0, dtype=torch.float64) for n, value in chunk.contributions.items()}
+
+    def upload(self, plan: Plan, chunk: Chunk, uploads: Uploads) -> None:
+        """Adds the clients' contributions, charges them, and keeps their rows."""
+        each = [_pick(chunk.contributions, at) for at in range(len(chunk.clients))]
         if self.contracts:
             self.contracts.summed(self.hooks.where("contribute"), each[0], uploads.before())
         if uploads.gathered:
             for client, own in zip(chunk.clients, each, strict=True):
                 uploads.contribute(client.number, own)
         else:
-            uploads.dtypes |= {name: value.dtype for name, value in contributions.items()}
-            sums = {name: value.sum(0, dtype=torch.float64) for name, value in contributions.items()}
-            uploads.add(uploads.sums, sums)
+            uploads.dtypes |= {name: value.dtype for name, value in each[0].items()}
+            uploads.add(uploads.sums, chunk.sums)
         if plan.drop_non_finite:
             uploads.add(uploads.metrics, {name: value.sum() for name, value in chunk.measured.items()})
-            uploads.steps_weight += int(sum(sizes)) * self.task.federation.local_epochs
+            samples = sum(len(self.task.partition.train_of(client.number)) for client in chunk.clients)
+            uploads.steps_weight += samples * self.task.federation.local_epochs
         for at, own in enumerate(each):
-            self.account(plan, chunk.one(at), _pick(sent, at), own, uploads)
+            self.account(plan, chunk.one(at), _pick(chunk.sent, at), own, uploads)
 
 
 def _pick(tensors: Params, at: int) -> Params:

@@ -7,26 +7,34 @@ same numbers, so nothing is broadcast: a round ends with one flat all-reduce.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import ending
 from ..errors import ConfigError, FedsparseError, Problem, RunError
 from .exchange import Uploads
 
-OTHER_SIGNALS = "SIGTERM,SIGHUP,SIGQUIT"  # that end the launcher; SIGINT is left to the workers
+OTHER_SIGNALS = "SIGHUP,SIGQUIT"  # that end the launcher; SIGINT and SIGTERM are left to the workers
 GRACE = 10.0  # seconds in which a worker that lost another one waits to be ended, so that the other is named
+LOOK = 1.0  # seconds between a worker's looks at whether its launcher lives
+
+Value = TypeVar("Value")
 
 
 class LostWorkerError(RunError):
@@ -140,6 +148,15 @@ class Workers:
             dist.all_gather_object(values, value)
         return values
 
+    def from_first(self, value: Value) -> Value:
+        """The first worker's value, for all; each calls it."""
+        if self.size == 1:
+            return value
+        shared = [value]
+        with _NamingTheLost():
+            dist.broadcast_object_list(shared)
+        return shared[0]
+
     def wait(self) -> None:
         """Returns when every worker is here."""
         if self.size > 1:
@@ -160,7 +177,9 @@ class _NamingTheLost:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, RuntimeError):
-            time.sleep(GRACE)
+            until = time.monotonic() + GRACE
+            while time.monotonic() < until and not ending.asked:
+                time.sleep(0.05)
             raise LostWorkerError(f"lost another worker: {str(error).partition(chr(10))[0]}") from error
 
 
@@ -231,6 +250,18 @@ def launch(workers: int, function: Callable[..., Any], *arguments: Any) -> Any:
     for logger in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before_term, told = signal.getsignal(signal.SIGTERM), list[int]()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        children = multiprocessing.active_children()
+        if not children:
+            raise SignalException("no worker runs yet", signal.Signals(number))
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid or 0, number)
+
+    signal.signal(signal.SIGTERM, pass_on)
     with tempfile.TemporaryDirectory(prefix="fedsparse-") as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -249,15 +280,27 @@ def launch(workers: int, function: Callable[..., Any], *arguments: Any) -> Any:
         if hasattr(config, "signals_to_handle"):  # newer than torch 2.8
             config.signals_to_handle = OTHER_SIGNALS
         try:
-            results = elastic_launch(config, _worker)(folder, function, arguments)
+            results = elastic_launch(config, _worker)(folder, os.getpid(), function, arguments)
             return results[0]
         except ChildFailedError as failed:
+            if told and all(f.exitcode == -signal.SIGTERM for f in failed.failures.values()):
+                raise _ended(signal.SIGTERM) from None  # before its first round
             raise _reported(Path(folder), failed.failures) from None
         except SignalException as ended:
-            name = signal.Signals(ended.sigval).name
-            raise RunError(f"{name} ended the run; fedsparse resume goes on from its checkpoint") from None
+            raise _ended(ended.sigval) from None
         finally:
             signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGTERM, before_term)
+
+
+def _ended(number: int) -> RunError:
+    """What a signal that no worker could wait for leaves to say."""
+    name = signal.Signals(number).name
+    error = RunError(
+        f"{name} ended the run at once; if it has a checkpoint, fedsparse resume goes on from it"
+    )
+    error.exit_code = 128 + number
+    return error
 
 
 def no_look_at_gpus(config: type) -> dict[str, Any]:
@@ -266,16 +309,28 @@ def no_look_at_gpus(config: type) -> dict[str, Any]:
     return {"numa_options": object()} if "numa_options" in fields else {}
 
 
-def _worker(folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _end_with(launcher: int) -> None:
+    """Ends this process when its launcher is gone, even if it waits for another worker."""
+
+    def look() -> None:
+        while os.getppid() == launcher:
+            time.sleep(LOOK)
+        os._exit(1)
+
+    threading.Thread(target=look, name="launcher", daemon=True).start()
+
+
+def _worker(folder: str, launcher: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Runs in a worker: errors that the user can mend go to the launcher by a file."""
+    _end_with(launcher)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in OTHER_SIGNALS.split(","):  # the launcher's own handlers came with the fork
+    for name in ("SIGTERM", *OTHER_SIGNALS.split(",")):  # the launcher's own handlers came with the fork
         signal.signal(signal.Signals[name], signal.SIG_DFL)
     try:
         return function(*arguments)
     except (FedsparseError, KeyboardInterrupt) as error:
         report = {
-            "at": time.time(),
+            "at": time.monotonic(),  # of the machine, the same for all workers
             "interrupted": isinstance(error, KeyboardInterrupt),
             "message": str(error),
             "exit_code": getattr(error, "exit_code", 1),

@@ -99,6 +99,15 @@ class _Prices(NamedTuple):
     """that of a client that changes nothing"""
 
 
+class Mark(NamedTuple):
+    """A round's accounts at some time, as far as some clients can change them."""
+
+    round: Tally
+    clients: set[int]
+    held: dict[int, tuple[int, int]]
+    downloaded: dict[int, tuple[bool, bool]]
+
+
 class Ledger:
     """Accounts of a run.
 
@@ -224,6 +233,24 @@ class Ledger:
         size += extra
         self.round = self.round.plus(upload_bytes=size, paper_bytes=self._paper(traffic))
         return size
+
+    def mark(self, clients: Iterable[int]) -> Mark:
+        """The round's accounts, and what these clients hold: for `back_to`."""
+        own = set(clients)
+        held, downloaded = (
+            {client: table[client] for client in own & table.keys()}
+            for table in (self._held, self._downloaded)
+        )
+        return Mark(self.round, own, held, downloaded)
+
+    def back_to(self, mark: Mark) -> None:
+        """Forgets what was charged since, all of it for the clients of `mark`."""
+        self.round = mark.round
+        for client in mark.clients:
+            self._held.pop(client, None)
+            self._downloaded.pop(client, None)
+        self._held |= mark.held
+        self._downloaded |= mark.downloaded
 
     def train(self, samples: int, score_samples: int = 0) -> float:
         """FLOPs of a client that trains on `samples` (each as often as it is used).
