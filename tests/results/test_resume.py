@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -31,7 +32,8 @@ def started(arguments):
 def left(folder):
     """What a run leaves that does not depend on how long it took."""
     rounds = [{**line, "seconds": 0} for line in Result.load(folder).rounds]
-    return rounds, (folder / "model.safetensors").read_bytes(), (folder / "mask.safetensors").read_bytes()
+    files = ["model.safetensors", "mask.safetensors", "clients.json", *sorted((folder / "masks").iterdir())]
+    return rounds, [(Path(file).name, (folder / file).read_bytes()) for file in files]
 
 
 @pytest.mark.slow
