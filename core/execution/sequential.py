@@ -121,8 +121,9 @@ class Sequential(Executor):
         weight = torch.tensor(
             float(len(self.task.partition.train_of(client.number))), device=self.task.device
         )
+        self.arrive(client)
         contribution = self.contribution(plan, client, weight)
         if self.contracts:
             self.contracts.summed(self.hooks.where("contribute"), contribution, uploads.sums)
-        uploads.contribute(contribution)
-        self.account(plan, client, contribution, uploads)
+        uploads.contribute(self.beside(client, contribution))
+        self.account(plan, client, uploads)

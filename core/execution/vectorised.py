@@ -8,7 +8,7 @@ whole minibatch (BatchNorm, pruned activations), clients are stepped in groups o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -64,7 +64,8 @@ class Vectorised(Executor):
     def stack(self, plan: Plan, numbers: Sequence[int]) -> Chunk:
         """The chunk as it downloads."""
         clients = [self.download(plan, number) for number in numbers]
-        params = {name: p.expand(len(clients), *p.shape) for name, p in plan.state.params.items()}
+        # all of them downloaded the same
+        params = {name: p.expand(len(clients), *p.shape) for name, p in clients[0].params.items()}
         carry: Carry = pytree.tree_map(lambda *each: torch.stack(each), *(c.carry for c in clients))
         return Chunk(clients, params, carry, plan.state.mask, plan.trainable)
 
@@ -187,6 +188,7 @@ class Vectorised(Executor):
 
     def upload(self, plan: Plan, chunk: Chunk, uploads: Uploads) -> None:
         """Adds the clients' contributions, charges them, and keeps their rows."""
+        self.arrive_all(chunk)
         sizes = [float(len(self.task.partition.train_of(client.number))) for client in chunk.clients]
         weights = torch.tensor(sizes, device=self.task.device)
 
@@ -197,17 +199,42 @@ class Vectorised(Executor):
         contributions = torch.func.vmap(one, in_dims=(0, owned, 0, 0))(
             chunk.params, chunk.mask, chunk.carry, weights
         )
+        if any(name.startswith("extra/") for name in contributions):
+            arrived = [self.beside(chunk.one(at), _pick(contributions, at)) for at in range(len(sizes))]
+            contributions = _stacked_as(contributions, arrived)
         uploads.dtypes |= {name: value.dtype for name, value in contributions.items()}
         sums = {name: value.sum(0, dtype=torch.float64) for name, value in contributions.items()}
         if self.contracts:
             self.contracts.summed(self.hooks.where("contribute"), sums, uploads.sums)
         uploads.add(uploads.sums, sums)
         for at in range(len(chunk.clients)):
-            self.account(plan, chunk.one(at), _pick(contributions, at), uploads)
+            self.account(plan, chunk.one(at), uploads)
+
+    def arrive_all(self, chunk: Chunk) -> None:
+        """Charges the uploads; the chunk becomes what the server receives."""
+        clients = []
+        for at in range(len(chunk.clients)):
+            client = replace(chunk.one(at))
+            self.arrive(client)
+            clients.append(client)
+        if self.ledger.alters:
+            chunk.params = _stacked_as(chunk.params, [client.params for client in clients])
+            buffers = _stacked_as(chunk.carry.buffers, [client.carry.buffers for client in clients])
+            chunk.carry = chunk.carry._replace(buffers=buffers)
+            if chunk.readjusted:
+                chunk.mask = _stacked_as(chunk.mask, [client.mask for client in clients])
 
 
 def _pick(tensors: Params, at: int) -> Params:
     return {name: tensor[at] for name, tensor in tensors.items()}
+
+
+def _stacked_as(old: Params, each: Sequence[Params]) -> Params:
+    """Each client's tensors stacked, in memory as `old` lies."""
+    made = {name: torch.empty_like(tensor) for name, tensor in old.items()}
+    for name, tensor in made.items():
+        torch.stack([own[name] for own in each], out=tensor)
+    return made
 
 
 def _spread(tensors: Masks, clients: int) -> Masks:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedsparse.core.errors import RunError
-from fedsparse.core.ledger import Message, MessageSize, measure, message_size, pack, prove, unpack
+from fedsparse.core.ledger import HEADER, Form, Message, MessageSize, deliver, measure, message_size, pack, unpack
 
 CIFAR10_NET = {
     "conv1": (6, 3, 5, 5),
@@ -62,10 +62,11 @@ def test_round_trip(
     model = random_model(density, freezing)
     model.params["fc.weight"][model.mask["fc.weight"].nonzero()[:1].unbind(1)] = -0.0  # its sign survives
     reference = random_model(density, freezing, 1).mask if with_reference else None
-    size = message_size(model, send_mask=send_mask, send_frozen=send_frozen, reference=reference)
-    data = pack(model, send_mask=send_mask, send_frozen=send_frozen, reference=reference)
+    form = Form(send_mask, send_frozen, reference)
+    size = message_size(model, form)
+    data = pack(model, form)
     assert size == len(data)
-    prove(model, size, send_mask=send_mask, send_frozen=send_frozen, reference=reference)
+    deliver(model, size, form)
 
     other = random_model(0.3, 0.3, 7)
     params = {
@@ -78,7 +79,7 @@ def test_round_trip(
         other.mask if send_mask else model.mask,
         other.frozen if send_frozen else model.frozen,
     )
-    got = unpack(data, held, send_mask=send_mask, send_frozen=send_frozen, reference=reference)
+    got = unpack(data, held, form)
     for left, right in zip(got, model, strict=True):
         assert left.keys() == right.keys()
         for name in right:
@@ -115,25 +116,25 @@ def test_nan_and_strides_survive() -> None:
     plain = Message({"w": weight}, {}, mask, {})
     last = Message({"w": nn.Parameter(weight.to(memory_format=torch.channels_last))}, {}, mask, {})
     assert pack(last) == pack(plain)
-    prove(last, message_size(last))
+    deliver(last, message_size(last))
 
 
 def test_nothing_to_send() -> None:
     """No parameters, no bytes."""
     empty = Message({}, {}, {}, {})
-    assert pack(empty, send_mask=True, send_frozen=True) == b""
-    assert message_size(empty, send_mask=True, send_frozen=True) == 0
+    assert pack(empty, Form(True, True)) == b""
+    assert message_size(empty, Form(True, True)) == 0
 
 
 def test_corrupt_messages_raise() -> None:
     """A message of any other length is refused; so is a wrong claim about its length."""
     model = random_model(0.5, 0.5)
-    data = pack(model, send_mask=True, send_frozen=True)
+    data = pack(model, Form(True, True))
     for wrong in (data[:-1], data[:10], b"", data + b"\0"):
         with pytest.raises(RunError, match="corrupt message"):
-            unpack(wrong, model, send_mask=True, send_frozen=True)
+            unpack(wrong, model, Form(True, True))
     with pytest.raises(RunError, match=f"{len(data)} bytes was charged as {len(data) + 1}"):
-        prove(model, len(data) + 1, send_mask=True, send_frozen=True)
+        deliver(model, len(data) + 1, Form(True, True))
 
 
 def test_pffdst_worked_example_bits() -> None:
@@ -145,9 +146,9 @@ def test_pffdst_worked_example_bits() -> None:
     mask["w"][[1, 2, 4, 8, 9, 11]] = True
     model = Message(params, {}, mask, frozen)
     assert len(pack(model)) == 24
-    assert len(pack(model, send_mask=True)) == 24 + 1 + 2
+    assert len(pack(model, Form(True))) == 24 + 1 + 2
     # first contact: the four frozen values, and which of the ten active positions they are
-    assert len(pack(model, send_mask=True, send_frozen=True)) == 27 + 4 * 4 + 1 + 2
+    assert len(pack(model, Form(True, True))) == 27 + 4 * 4 + 1 + 2
     assert measure(model) == MessageSize(24, 16, 0, 0, 3, 3)
 
 
@@ -169,10 +170,10 @@ def test_feddst_invariant_15() -> None:
     active = int(mask["w"].sum())
     model = Message(params, {}, mask, {})
     bitmap = 1 + 2000 // 8
-    assert message_size(model, send_mask=True) == 4 * active + 4 * 50 + bitmap
+    assert message_size(model, Form(True)) == 4 * active + 4 * 50 + bitmap
     serialized = len(params["w"][mask["w"]].numpy().tobytes()) + len(params["b"].numpy().tobytes())
     assert len(pack(model)) == serialized
-    assert len(pack(model, send_mask=True)) == serialized + bitmap
+    assert len(pack(model, Form(True))) == serialized + bitmap
 
 
 def half_b() -> tuple[Message, list[Message]]:
