@@ -1,6 +1,6 @@
-"""Checkpoints: the whole state of a run in a folder of two files, replaced atomically.
+"""Checkpoints: the whole state of a run in a folder of two files and their SHA-256, replaced atomically.
 
-The one before stays beside it, as `checkpoint.old`.
+The one before stays beside it, as `checkpoint.old`. `sha256sum --check sha256` in its folder finds damage, too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from .resolve import Resolved
 from .state import ServerState, moved_to
 from .tracking import versions
 
-FORMAT = 2
+FORMAT = 3
+FILES = ("state.json", "tensors.safetensors")
+SUMS = "sha256"
 
 
 def save(folder: Path, state: ServerState, ledger: dict[str, Any], made_by: Mapping[str, Any]) -> None:
@@ -60,6 +62,10 @@ def save(folder: Path, state: ServerState, ledger: dict[str, Any], made_by: Mapp
         os.fsync(file.fileno())
     with (fresh / "state.json").open("w", encoding="utf-8") as file:
         file.write(json.dumps(plain))  # six times as fast as json.dump: it lists every client seen
+        file.flush()
+        os.fsync(file.fileno())
+    with (fresh / SUMS).open("w", encoding="ascii") as file:
+        file.writelines(f"{_sum(fresh / name)}  {name}\n" for name in FILES)
         file.flush()
         os.fsync(file.fileno())
     if folder.exists():  # a kill between the two renames leaves the old one, whole
@@ -101,10 +107,17 @@ def _read(
     source: Path, made_by: Mapping[str, Any], device: torch.device | str
 ) -> tuple[ServerState, dict[str, Any]]:
     try:
-        plain = json.loads((source / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(source / "tensors.safetensors")
+        sums = source / SUMS
+        listed = sums.read_text(encoding="ascii").splitlines() if sums.exists() else None
+        for name in FILES if listed is not None else ():
+            if f"{_sum(source / name)}  {name}" not in (listed or ()):
+                raise ValueError(f"{name} is not the one that was saved, by its SHA-256 in the file {SUMS}")
+        plain = json.loads((source / FILES[0]).read_text(encoding="utf-8"))
         if plain["format"] != FORMAT:
             raise RunError(f"checkpoint {source} has format {plain['format']}; this version reads {FORMAT}")
+        if listed is None:
+            raise ValueError(f"its file {SUMS} is missing")
+        tensors = load_file(source / FILES[1])
         if different := differences(plain["made_by"], json.loads(json.dumps(made_by))):
             raise RunError(
                 f"{source} was made by another run: {'; '.join(different)}. Go on with what made it, or "
@@ -114,7 +127,15 @@ def _read(
         rows = {int(client): row for client, row in state.pop("rows").items()}
         ledger: dict[str, Any] = state.pop("ledger")  # it and the rows rest on the host
         return ServerState(round=plain["round"], rows=rows, **moved_to(state, device)), ledger
-    except (OSError, AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (
+        OSError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
         what = f"{type(error).__name__} {error}"
         raise DamagedError(f"cannot read the checkpoint {source}, it is damaged: {what}") from None
 
@@ -147,6 +168,11 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "
         elif one != other:
             found.append(f"{where} was {one!r}, is {other!r}")
     return found
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from .errors import RunError
+from .packing import save_model
 from .provenance import about
 from .resolve import Resolved
 from .state import Params, ServerState
@@ -125,12 +125,8 @@ class RunFolder:
         self._metrics.close()
         self._held.close()
         tensors = {**weights, **state.buffers}
-        save_file(
-            {name: t.contiguous().cpu() for name, t in tensors.items()}, self.path / "model.safetensors"
-        )
-        save_file(
-            {name: m.contiguous().cpu() for name, m in state.mask.items()}, self.path / "mask.safetensors"
-        )
+        save_model(self.path / "model.safetensors", tensors)
+        save_model(self.path / "mask.safetensors", state.mask)
         summary = {
             "final": {name: self.last[name] for name in SHOWN if name in self.last},
             "best": {name: self.best[name] for name in SHOWN if name in self.best},

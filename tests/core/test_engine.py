@@ -410,7 +410,7 @@ def test_unreadable_checkpoints_are_refused(tmp_path):
     with pytest.raises(RunError, match=r"does not exist.*before its first checkpoint"):
         checkpoint.load(tmp_path / "none", {})
     (tmp_path / "c").mkdir()
-    for text in ("{}", "[]", "", '{"format": 2, "round": 4, "state": {"dict": {}}}'):
+    for text in ("{}", "[]", "", '{"format": 3, "round": 4, "state": {"dict": {}}}'):
         (tmp_path / "c" / "state.json").write_text(text)
         with pytest.raises(RunError, match=r"cannot read the checkpoint \S+c, it is damaged"):
             checkpoint.load(tmp_path / "c", {})
