@@ -1,6 +1,6 @@
 """Checkpoints: the whole state of a run in a folder of two files and their SHA-256, replaced atomically.
 
-The one before stays beside it, as `checkpoint.old`. `sha256sum --check sha256` in its folder finds damage, too.
+The one before stays beside it, as `checkpoint.old`. `sha256sum --check sha256` finds damage, too.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def save(folder: Path, state: ServerState, ledger: dict[str, Any], made_by: Mapp
         file.write(json.dumps(plain))  # six times as fast as json.dump: it lists every client seen
         file.flush()
         os.fsync(file.fileno())
-    with (fresh / SUMS).open("w", encoding="ascii") as file:
-        file.writelines(f"{_sum(fresh / name)}  {name}\n" for name in FILES)
+    with (fresh / SUMS).open("wb") as file:
+        file.write(_sums(fresh))
         file.flush()
         os.fsync(file.fileno())
     if folder.exists():  # a kill between the two renames leaves the old one, whole
@@ -108,10 +108,9 @@ def _read(
 ) -> tuple[ServerState, dict[str, Any]]:
     try:
         sums = source / SUMS
-        listed = sums.read_text(encoding="ascii").splitlines() if sums.exists() else None
-        for name in FILES if listed is not None else ():
-            if f"{_sum(source / name)}  {name}" not in (listed or ()):
-                raise ValueError(f"{name} is not the one that was saved, by its SHA-256 in the file {SUMS}")
+        listed = sums.read_bytes() if sums.exists() else None
+        if listed is not None and listed != _sums(source):
+            raise ValueError(f"its files have not the SHA-256 that the file {SUMS} names")
         plain = json.loads((source / FILES[0]).read_text(encoding="utf-8"))
         if plain["format"] != FORMAT:
             raise RunError(f"checkpoint {source} has format {plain['format']}; this version reads {FORMAT}")
@@ -170,9 +169,13 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "
     return found
 
 
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sums(folder: Path) -> bytes:
+    """The SHA-256 of a checkpoint's files, as sha256sum writes them."""
+    lines = []
+    for name in FILES:
+        with (folder / name).open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return "".join(lines).encode()
 
 
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -191,4 +194,6 @@ def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[content]
     if kind == "dict":
         return {name: _join(item, tensors) for name, item in content.items()}
+    if kind != "plain":
+        raise ValueError(f"unknown kind of entry {kind!r}")
     return content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from fedsparse.core.ledger import (
 )
 
 Tensors = dict[str, torch.Tensor]
-ANY = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+ANY = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SHAPES = st.lists(st.lists(st.integers(0, 7), max_size=4).map(tuple), max_size=4)
 FRACTIONS = st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.97, 1.0])
 FLOATS = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -90,7 +91,7 @@ def test_any_tensors_beside_the_model_arrive(case: tuple[Message, Form]) -> None
     assert len(data) == beside_size(model.params, counts, form.values)
     got = unpack_beside(data, model.params, live, form)
     for name, value in model.params.items():
-        torch.testing.assert_close(got[name], value, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(got[name].nan_to_num(7), value.nan_to_num(7))
 
 
 @ANY
@@ -169,7 +170,7 @@ def test_a_thousand_corrupted_payloads() -> None:
     model = plain()
     model = model._replace(params=rounded(model.params, torch.bfloat16, str))
     whole = [pack(model, form) for form in forms]
-    refused = 0
+    refused = peak = 0
     tracemalloc.start()
     for index in range(1000):
         form, data = forms[index % 4], bytearray(whole[index % 4])
@@ -184,13 +185,14 @@ def test_a_thousand_corrupted_payloads() -> None:
                 data[8 + below(HEADER - 8)] ^= 1 + below(255)
             case _:
                 data = bytearray(whole[(index + 1) % 4])
-        with pytest.raises(RunError, match=rf"^{form.label}: corrupt message: ..."):
-            unpack(bytes(data), model, form)
-        refused += 1
-    peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        said = outcome(partial(unpack, bytes(data), model, form))
+        refused += isinstance(said, str) and said.startswith(f"{form.label}: corrupt message: ")
+        peak = max(peak, tracemalloc.get_traced_memory()[1] - before)
     tracemalloc.stop()
     assert refused == 1000
-    assert peak < 2_000_000
+    assert peak < 300_000  # a model has 12,000 bytes
 
 
 def test_a_message_is_for_one_receiver() -> None:
