@@ -193,7 +193,7 @@ def test_a_training_step_costs_what_torch_counts(name: str, shape: tuple[int, in
 
 
 def test_dense_gradients_are_charged() -> None:
-    """FedDST document, 234: the minibatch of a readjustment adds 2·MAC·(1 - d) a sample over a sparse step."""
+    """FedDST document: a readjustment's minibatch costs 2·MAC·(1 - d) a sample more than a sparse step."""
     counts, sizes = {"a": Count(20, 0)}, {"a": 100}
     cost = training_cost({"a": 400.0}, counts, sizes)
     assert cost.score - cost.step == 2 * 400 * (1 - 0.2)
