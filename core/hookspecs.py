@@ -209,9 +209,9 @@ class Aggregate:
 
         `weight` is the client's number of training samples, 0-d. `moved` is the same for all clients of a
         round: whether they readjust in it, so that masks may differ from the server's. Buffers are averaged
-        by the engine. What is named "extra/…" is charged as sent beside the model. A part whose attribute
-        `sends` is "support" (default "mask") sends what is not 0, both ways, and not all that the mask
-        allows (Top-K).
+        by the engine. What is named "extra/…" is charged as sent beside the model; where the rest of its
+        name is a parameter's, it arrives as 0 wherever that does not train. A part whose attribute `sends`
+        is "support" (default "mask") sends what is not 0, both ways, not all that the mask allows (Top-K).
         """
 
     @hookspec(firstresult=True)
