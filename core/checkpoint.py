@@ -1,6 +1,6 @@
-"""Checkpoints: the whole state of a run in a folder of two files, replaced atomically.
+"""Checkpoints: the whole state of a run in a folder of two files and their SHA-256, replaced atomically.
 
-The one before stays beside it, as `checkpoint.old`.
+The one before stays beside it, as `checkpoint.old`. `sha256sum --check sha256` finds damage, too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from .resolve import Resolved
 from .state import ServerState, moved_to
 from .tracking import versions
 
-FORMAT = 2
+FORMAT = 3
+FILES = ("state.json", "tensors.safetensors")
+SUMS = "sha256"
 
 
 def save(folder: Path, state: ServerState, ledger: dict[str, Any], made_by: Mapping[str, Any]) -> None:
@@ -64,6 +66,10 @@ def save(folder: Path, state: ServerState, ledger: dict[str, Any], made_by: Mapp
                 os.fsync(file.fileno())
             with (fresh / "state.json").open("w", encoding="utf-8") as file:
                 file.write(json.dumps(plain))  # six times as fast as json.dump: it lists every client seen
+                file.flush()
+                os.fsync(file.fileno())
+            with (fresh / SUMS).open("wb") as file:
+                file.write(_sums(fresh))
                 file.flush()
                 os.fsync(file.fileno())
             if folder.exists():  # a kill between the two renames leaves the old one, whole
@@ -108,10 +114,16 @@ def _read(
     source: Path, made_by: Mapping[str, Any], device: torch.device | str
 ) -> tuple[ServerState, dict[str, Any]]:
     try:
-        plain = json.loads((source / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(source / "tensors.safetensors")
+        sums = source / SUMS
+        listed = sums.read_bytes() if sums.exists() else None
+        if listed is not None and listed != _sums(source):
+            raise ValueError(f"its files have not the SHA-256 that the file {SUMS} names")
+        plain = json.loads((source / FILES[0]).read_text(encoding="utf-8"))
         if plain["format"] != FORMAT:
             raise RunError(f"checkpoint {source} has format {plain['format']}; this version reads {FORMAT}")
+        if listed is None:
+            raise ValueError(f"its file {SUMS} is missing")
+        tensors = load_file(source / FILES[1])
         if different := differences(plain["made_by"], json.loads(json.dumps(made_by))):
             raise RunError(
                 f"{source} was made by another run: {'; '.join(different)}. Go on with what made it, or "
@@ -121,7 +133,15 @@ def _read(
         rows = {int(client): row for client, row in state.pop("rows").items()}
         ledger: dict[str, Any] = state.pop("ledger")  # it and the rows rest on the host
         return ServerState(round=plain["round"], rows=rows, **moved_to(state, device)), ledger
-    except (OSError, AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (
+        OSError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
         what = f"{type(error).__name__} {error}"
         raise DamagedError(f"cannot read the checkpoint {source}, it is damaged: {what}") from None
 
@@ -156,6 +176,15 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "
     return found
 
 
+def _sums(folder: Path) -> bytes:
+    """The SHA-256 of a checkpoint's files, as sha256sum writes them."""
+    lines = []
+    for name in FILES:
+        with (folder / name).open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return "".join(lines).encode()
+
+
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Moves tensors out of nested dicts into `tensors`; {"tensor": path} marks their places."""
     if isinstance(value, Tensor):
@@ -172,4 +201,6 @@ def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[content]
     if kind == "dict":
         return {name: _join(item, tensors) for name, item in content.items()}
+    if kind != "plain":
+        raise ValueError(f"unknown kind of entry {kind!r}")
     return content

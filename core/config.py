@@ -191,7 +191,14 @@ class LedgerConfig(Section):
     """How bytes are counted."""
 
     encode: bool = Field(
-        False, description="encode and decode every message of the run, and check its size (slow)"
+        False,
+        description="encode and decode every message of the run and go on with what was decoded; the result "
+        "is the same (slow)",
+    )
+    values: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32",
+        description="type in which weights, buffers and what travels beside them are sent; the 2-byte ones "
+        "round them",
     )
 
 

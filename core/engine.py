@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import masks, rng
+from .accounting import open_ledger
 from .budget import Budget
 from .compose import compose
 from .contracts import Contracts
@@ -18,7 +19,7 @@ from .execution.choose import choose
 from .execution.exchange import Plan, Uploads
 from .execution.host_memory import keep_freed_memory
 from .faults import Faults, merged
-from .ledger import Ledger, forward_macs, paper_bytes
+from .ledger import forward_macs
 from .loss import Probe
 from .metrics import measured
 from .resolve import Resolved
@@ -49,13 +50,8 @@ class Engine:
             torch.bfloat16 if execution.precision == "bfloat16" else None,
         )
         macs = forward_macs(task.model, task.dataset.input_shape, self.prunable)
-        self.ledger = Ledger(
-            self.params,
-            self.buffers,
-            macs,
-            paper=self.hooks.paper_bytes if self.hooks.has_extra("paper_bytes") else paper_bytes,
-            encode=self.config.ledger.encode,
-        )
+        model, first = (self.params, self.buffers, macs), self.budget(self.clock(0))
+        self.ledger = open_ledger(self.config, task, self.hooks, *model, first)
         macs_a_sample, parts = sum(macs.values()), (self.hooks, self.loss, self.ledger, self.contracts)
         self.executor, self.why = choose(execution, task, *parts, macs_a_sample)
         self.faults = Faults(self.config.faults, task)

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import task
@@ -24,7 +22,7 @@ from .config import Layer
 from .errors import RunError
 from .folders import refuse_taken
 from .layout import Layout
-from .packing import load_csr, load_packed, save_csr, save_packed
+from .packing import load_csr, load_model, load_packed, save_csr, save_packed
 from .resolve import resolve
 from .results import Result
 
@@ -147,10 +145,7 @@ def _read(run: Result, name: str) -> dict[str, Tensor]:
     path = run.path / name
     if not path.is_file():
         raise RunError(f"{run.path} has no {name}: its run did not end; go on by `fedsparse resume`")
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"cannot read {path}: {error}") from None
+    return load_model(path)
 
 
 @dataclass(frozen=True)

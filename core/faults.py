@@ -94,7 +94,8 @@ class Faults:
     def _charge(self, executor: Executor, plan: Plan, client: int, trained: bool) -> None:
         """The download of a client that sends nothing, and its training up to the deadline."""
         ledger = executor.ledger
-        ledger.download(client, extra=ledger.sidecar(plan.broadcast))
+        ledger.download(client)
+        ledger.beside(plan.broadcast, "download", client)
         if trained:
             epochs = self.task.federation.local_epochs
             samples = epochs * len(self.task.partition.train_of(client))

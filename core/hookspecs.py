@@ -213,10 +213,11 @@ class Aggregate:
 
         `weight` is the client's number of training samples, 0-d. `moved` is the same for all clients of a
         round: whether they readjust in it, so that masks may differ from the server's. Buffers are averaged
-        by the engine. What is named "extra/…" is charged as sent beside the model. A part whose attribute
-        `sends` is "support" (default "mask") sends what is not 0, both ways, and not all that the mask
-        allows (Top-K). A part whose attribute `gathered` is True gets the contributions of all clients
-        stacked instead of added; every worker then holds as many of them as the round has clients.
+        by the engine. What is named "extra/…" is charged as sent beside the model; where the rest of its
+        name is a parameter's, it arrives as 0 wherever that does not train. A part whose attribute `sends`
+        is "support" (default "mask") sends what is not 0, both ways, not all that the mask allows (Top-K). A
+        part whose attribute `gathered` is True gets the contributions of all clients stacked instead of
+        added; every worker then holds as many of them as the round has clients.
         """
 
     @hookspec(firstresult=True)

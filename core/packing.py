@@ -107,6 +107,25 @@ def load_csr(path: str | Path) -> Params:
     return _restored(path, stored, dense)
 
 
+def save_model(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors whole, with their SHA-256 in the metadata."""
+    made = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(made, path, {"sha256": _digest(made, "")})
+
+
+def load_model(path: Path) -> Params:
+    """The tensors of `save_model`. Raises RunError if the file cannot be read or is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise RunError(f"cannot read {path}: {error}") from None
+    if _digest(tensors, "") != metadata.get("sha256"):
+        raise RunError(f"cannot read {path}: its SHA-256 is not the one that was written; play the run again")
+    return tensors
+
+
 class _DamageError(ValueError):
     """What is wrong in a file."""
 

@@ -33,6 +33,8 @@ class Part(Component):
     `whole_batches` (local_step, False by default) — what a step does to a sample depends on the others of its
     minibatch, which therefore may not be filled up with samples that do not count;
     `moves_zeros` (local_step, a property or class attribute, True by default) — whether it can;
+    `from_key` (mask_init, False by default) — the mask follows from `budget` and `key` alone, not from values
+    of `params`, so that a client can draw it itself and is charged a seed in its place;
     `site` (readjust) — "client", "server:start" or "server:end" (the default); may be a field;
     `sends` (aggregate) — "mask" (the default) or "support", see the hook `contribute`;
     `gathered` (aggregate, False by default) — it gets clients' contributions stacked, not added;

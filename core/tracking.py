@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from .disk import DiskError, replace, writing
 from .errors import RunError
 from .folders import refuse_taken
+from .packing import save_model
 from .provenance import about
 from .resolve import Resolved
 from .state import Params, ServerState
@@ -167,8 +167,7 @@ class RunFolder:
         """
         self.close()
         for name, tensors in (("model", {**weights, **state.buffers}), ("mask", state.mask)):
-            plain = {name: t.contiguous().cpu() for name, t in tensors.items()}
-            replace(self.path / f"{name}.safetensors", partial(save_file, plain))
+            replace(self.path / f"{name}.safetensors", partial(save_model, tensors=tensors))
         summary = {
             "final": _shown(self.last),
             "best": _shown(self.best),

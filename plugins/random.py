@@ -25,6 +25,7 @@ class RandomMask(Part):
     """Draws each layer's weights uniformly without replacement."""
 
     budget_promise: ClassVar[Literal["exact"]] = "exact"
+    from_key: ClassVar[bool] = True
 
     @hookimpl
     def mask_init(self, params: Params, budget: Budget, key: Tensor) -> Masks:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from ...core.config import Layer
 from ...core.engine import Engine
 from ...core.errors import FedsparseError
-from ...core.ledger import Ledger
+from ...core.ledger import Ledger, Passed
 from ...core.resolve import Resolved, resolve
 from ...core.state import Masks, Params
 from ...core.task import Task, prunable_layers
@@ -54,24 +53,21 @@ class NoLedger(Ledger):
     ) -> None:
         """Nothing."""
 
-    def sidecar(self, tensors: Mapping[str, Tensor]) -> int:
+    def beside(
+        self, tensors: Params, way: str, client: int, mask: Masks | None = None, whole: bool = False
+    ) -> Params:
         """Nothing."""
-        return 0
+        return tensors
 
-    def download(self, client: int, extra: int = 0) -> int:
+    def download(self, client: int) -> Passed:
         """Nothing."""
-        return 0
+        return Passed(0)
 
     def upload(
-        self,
-        client: int,
-        mask: Masks,
-        params: Params | None = None,
-        buffers: Params | None = None,
-        extra: int = 0,
-    ) -> int:
+        self, client: int, mask: Masks, params: Params | None = None, buffers: Params | None = None
+    ) -> Passed:
         """Nothing."""
-        return 0
+        return Passed(0)
 
     def train(self, samples: int, score_samples: int = 0) -> float:
         """Nothing."""

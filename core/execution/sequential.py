@@ -132,10 +132,11 @@ class Sequential(Executor):
         )
         leaving, weight = self.leaving(plan, client, weight, self.upload_key(plan, client.number))
         self.check_leaving(plan, leaving.params, client.mask)
-        contribution = self.contribution(plan, leaving, weight)
+        arrived = self.arrive(leaving)
+        contribution = self.beside(arrived, self.contribution(plan, arrived, weight))
         if self.contracts:
             self.contracts.summed(self.hooks.where("contribute"), contribution, uploads.before())
         uploads.contribute(client.number, contribution)
         if client.measured is not uploads:
             uploads.take_measured(client.measured)
-        self.account(plan, client, leaving.params, contribution, uploads)
+        self.account(plan, client, arrived.carry.buffers, uploads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -48,7 +48,6 @@ class Client:
     carry: Carry
     trainable: Masks
     score_samples: int = 0
-    score_bytes: int = 0
     measured: Uploads = field(default_factory=Uploads)
     """where its metrics go: to the round's, or to its own as long as it may be dropped"""
 
@@ -78,7 +77,10 @@ class Executor(ABC):
     def train(self, plan: Plan, clients: Sequence[int]) -> Uploads:
         """One round of local training of these clients. The server's tensors come back as they were."""
         self.task.model.train()
-        state = replace(plan.state, params=self.layout.params(plan.state.params))
+        params, buffers = (
+            self.ledger.rounded(t, "download") for t in (plan.state.params, plan.state.buffers)
+        )
+        state = replace(plan.state, params=self.layout.params(params), buffers=buffers)
         plan = replace(plan, state=state, trainable=self.layout.params(plan.trainable))
         given = (state.params, state.mask, state.frozen, state.buffers)
         before = versions(*given)
@@ -152,20 +154,23 @@ class Executor(ABC):
     def download(self, plan: Plan, number: int) -> Client:
         """The client's state is the server's; its optimiser starts fresh."""
         state = plan.state
-        self.ledger.download(number, extra=self.ledger.sidecar(plan.broadcast))
+        got = self.ledger.download(number).got
+        broadcast = self.ledger.beside(plan.broadcast, "download", number)
+        params, buffers = (state.params, state.buffers) if got is None else (got.params, got.buffers)
+        params = params if got is None else self.layout.params(params)
         fresh: dict[str, Params] = {}
         if self.hooks.get("client_init"):
             fresh = self.hooks.call(
                 "client_init",
                 dict,
-                params=state.params,
+                params=params,
                 mask=state.mask,
                 momentum=self.task.federation.momentum,
-                broadcast=plan.broadcast,
+                broadcast=broadcast,
                 memory=moved_to(state.rows.get(number, {}), self.task.device),
             )
-        carry = Carry(dict(state.buffers), fresh)
-        return Client(number, dict(state.params), dict(state.mask), carry, plan.trainable)
+        carry = Carry(dict(buffers), fresh)
+        return Client(number, dict(params), dict(state.mask), carry, plan.trainable)
 
     def epoch(self, number: int, clock: Clock) -> list[Batch]:
         """A client's minibatches of one local epoch, in the run's layout."""
@@ -233,7 +238,7 @@ class Executor(ABC):
     def add_score(self, plan: Plan, client: Client, batches: Sequence[Batch], uploads: Uploads) -> None:
         """Adds one client's score to the server's."""
         score = self.score(plan, client, plan.clock, batches)
-        client.score_bytes += sum(s.numel() * s.element_size() for s in score.values())
+        score = self.ledger.beside(score, "upload", client.number, whole=True)
         weight = len(self.task.partition.train_of(client.number))
         uploads.add(uploads.score, {name: weight * value for name, value in score.items()})
 
@@ -293,23 +298,29 @@ class Executor(ABC):
             moved=self.moves(plan),
         )
 
-    def account(
-        self,
-        plan: Plan,
-        client: Client,
-        sent: Params,
-        contribution: Mapping[str, Tensor],
-        uploads: Uploads,
-    ) -> None:
-        """Charges one client's training and the upload of `sent`, adds its buffers, and keeps its row."""
+    def arrive(self, client: Client) -> Client:
+        """Charges the upload of a client's model; the client as the server then knows it."""
+        ledger, number, mask = self.ledger, client.number, client.mask
+        params = ledger.rounded(client.params, "upload", number)
+        buffers = ledger.rounded(client.carry.buffers, "upload", number)
+        got = ledger.upload(number, self.sent(replace(client, params=params)), params, buffers).got
+        if got is not None:
+            params, buffers = self.layout.params(got.params), got.buffers
+            mask = got.mask if self.hooks.sends == "mask" else mask
+        return replace(client, params=params, mask=mask, carry=client.carry._replace(buffers=buffers))
+
+    def beside(self, client: Client, contribution: Sums) -> Sums:
+        """The contribution with what travels beside the model as the server receives it; charged."""
+        extra = {name: value for name, value in contribution.items() if name.startswith("extra/")}
+        if not extra:
+            return contribution
+        return contribution | self.ledger.beside(extra, "upload", client.number, self.sent(client))
+
+    def account(self, plan: Plan, client: Client, received: Params, uploads: Uploads) -> None:
+        """Charges one client's training, adds the buffers that it sent, and keeps its row."""
         state, samples = plan.state, len(self.task.partition.train_of(client.number))
-        beside = {name: value for name, value in contribution.items() if name.startswith("extra/")}
-        extra = client.score_bytes + self.ledger.sidecar(beside)
         self.ledger.train(samples * self.task.federation.local_epochs, client.score_samples)
-        self.ledger.upload(
-            client.number, self.sent(replace(client, params=sent)), sent, client.carry.buffers, extra
-        )
-        buffers = {name: samples * b.to(torch.float64) for name, b in client.carry.buffers.items()}
+        buffers = {name: samples * b.to(torch.float64) for name, b in received.items()}
         uploads.add(uploads.buffers, buffers)
         uploads.samples += samples
         if self.hooks.get("client_final"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -41,7 +41,8 @@ class Chunk:
     readjusted: bool = False
     measured: Totals = field(default_factory=dict)
     """each client's own sums of metrics, (clients,), as long as it may be dropped"""
-    sent: Params = field(default_factory=dict)
+    received: Params = field(default_factory=dict)
+    """buffers as the server knows them"""
     contributions: Params = field(default_factory=dict)
     sums: Params = field(default_factory=dict)
 
@@ -69,8 +70,12 @@ class Chunk:
         client.carry = Carry(
             _pick(self.carry.buffers, at), {k: _pick(v, at) for k, v in self.carry.state.items()}
         )
-        client.mask = _pick(self.mask, at) if self.readjusted else self.mask
+        client.mask = self.mask_of(at)
         return client
+
+    def mask_of(self, at: int) -> Masks:
+        """A client's mask: the very server's until it readjusts."""
+        return _pick(self.mask, at) if self.readjusted else self.mask
 
 
 class Vectorised(Executor):
@@ -118,7 +123,8 @@ class Vectorised(Executor):
     def stack(self, plan: Plan, numbers: Sequence[int]) -> Chunk:
         """The chunk as it downloads."""
         clients = [self.download(plan, number) for number in numbers]
-        params = {name: p.expand(len(clients), *p.shape) for name, p in plan.state.params.items()}
+        # all of them downloaded the same
+        params = {name: p.expand(len(clients), *p.shape) for name, p in clients[0].params.items()}
         carry: Carry = pytree.tree_map(lambda *each: torch.stack(each), *(c.carry for c in clients))
         return Chunk(clients, params, carry, plan.state.mask, plan.trainable)
 
@@ -267,12 +273,10 @@ class Vectorised(Executor):
         self.hooks.at = (plan.clock.round, None)
 
     def contribute(self, plan: Plan, chunk: Chunk) -> None:
-        """What the clients contribute, and its sum."""
+        """Charges what the clients send; what they contribute as the server knows them, and its sum."""
         sizes = [float(len(self.task.partition.train_of(client.number))) for client in chunk.clients]
-        weights = torch.tensor(sizes, device=self.task.device)
-
-        owned = 0 if chunk.readjusted else None
-        sent = chunk.params
+        weights, owned = torch.tensor(sizes, device=self.task.device), 0 if chunk.readjusted else None
+        leaving = chunk
         if self.hooks.has_extra("upload"):
             keys = torch.stack([self.upload_key(plan, client.number) for client in chunk.clients])
 
@@ -285,19 +289,41 @@ class Vectorised(Executor):
                 chunk.params, chunk.mask, weights, keys
             )
             self.check_leaving(plan, sent, chunk.mask)
+            leaving = replace(chunk, params=sent)
+        arrived = self.arrive_all(leaving)
 
         def one(params: Params, mask: Masks, carry: Carry, weight: Tensor) -> dict[str, Tensor]:
             return self.contribution(plan, Client(-1, params, mask, carry, {}), weight)
 
-        chunk.sent = sent
-        chunk.contributions = torch.func.vmap(one, in_dims=(0, owned, 0, 0))(
-            sent, chunk.mask, chunk.carry, weights
+        made = torch.func.vmap(one, in_dims=(0, owned, 0, 0))(
+            arrived.params, arrived.mask, arrived.carry, weights
         )
+        if any(name.startswith("extra/") for name in made):
+            each = [self.beside(arrived.one(at), _pick(made, at)) for at in range(len(sizes))]
+            made = _stacked_as(made, each)
+        chunk.received, chunk.contributions = arrived.carry.buffers, made
         if not self.hooks.gathered:
-            chunk.sums = {n: value.sum(0, dtype=torch.float64) for n, value in chunk.contributions.items()}
+            chunk.sums = {name: value.sum(0, dtype=torch.float64) for name, value in made.items()}
+
+    def arrive_all(self, leaving: Chunk) -> Chunk:
+        """Charges the uploads; the chunk as the server then knows it."""
+        places = range(len(leaving.clients))
+        if not self.ledger.alters:
+            for at, client in enumerate(leaving.clients):
+                support = self.hooks.sends == "support"
+                mask = self.sent(leaving.one(at)) if support else leaving.mask_of(at)
+                self.ledger.upload(client.number, mask)
+            return leaving
+        clients = [self.arrive(leaving.one(at)) for at in places]
+        buffers = _stacked_as(leaving.carry.buffers, [client.carry.buffers for client in clients])
+        mask = leaving.mask
+        if leaving.readjusted:
+            mask = _stacked_as(mask, [client.mask for client in clients])
+        params = _stacked_as(leaving.params, [client.params for client in clients])
+        return replace(leaving, params=params, mask=mask, carry=leaving.carry._replace(buffers=buffers))
 
     def upload(self, plan: Plan, chunk: Chunk, uploads: Uploads) -> None:
-        """Adds the clients' contributions, charges them, and keeps their rows."""
+        """Adds the clients' contributions and buffers, charges their training, and keeps their rows."""
         each = [_pick(chunk.contributions, at) for at in range(len(chunk.clients))]
         if self.contracts:
             self.contracts.summed(self.hooks.where("contribute"), each[0], uploads.before())
@@ -311,12 +337,20 @@ class Vectorised(Executor):
             uploads.add(uploads.metrics, {name: value.sum() for name, value in chunk.measured.items()})
             samples = sum(len(self.task.partition.train_of(client.number)) for client in chunk.clients)
             uploads.steps_weight += samples * self.task.federation.local_epochs
-        for at, own in enumerate(each):
-            self.account(plan, chunk.one(at), _pick(chunk.sent, at), own, uploads)
+        for at in range(len(chunk.clients)):
+            self.account(plan, chunk.one(at), _pick(chunk.received, at), uploads)
 
 
 def _pick(tensors: Params, at: int) -> Params:
     return {name: tensor[at] for name, tensor in tensors.items()}
+
+
+def _stacked_as(old: Params, each: Sequence[Params]) -> Params:
+    """Each client's tensors stacked, in memory as `old` lies."""
+    made = {name: torch.empty_like(tensor) for name, tensor in old.items()}
+    for name, tensor in made.items():
+        torch.stack([own[name] for own in each], out=tensor)
+    return made
 
 
 def _spread(tensors: Masks, clients: int) -> Masks:

@@ -1,30 +1,57 @@
 """What a run costs: wire codecs, messages and their exact sizes, bytes, FLOPs."""
 
-from .accounts import Ledger, PaperBytes, Tally, Traffic, paper_bytes
+from .accounts import Ledger, PaperBytes, Passed, Tally, Traffic, paper_bytes
 from .codecs import Codec, decode_masks, encode_masks, masks_size
 from .flops import Cost, forward_macs, training_cost
-from .messages import Count, Message, MessageSize, count, measure, message_size, pack, prove, unpack
+from .frame import HEADER, CorruptError
+from .messages import (
+    Count,
+    Form,
+    Message,
+    MessageSize,
+    Seed,
+    beside_size,
+    count,
+    deliver,
+    measure,
+    message_size,
+    pack,
+    pack_beside,
+    unpack,
+    unpack_beside,
+)
+from .values import TYPES, rounded
 
 __all__ = [
+    "HEADER",
+    "TYPES",
     "Codec",
+    "CorruptError",
     "Cost",
     "Count",
+    "Form",
     "Ledger",
     "Message",
     "MessageSize",
     "PaperBytes",
+    "Passed",
+    "Seed",
     "Tally",
     "Traffic",
+    "beside_size",
     "count",
     "decode_masks",
+    "deliver",
     "encode_masks",
     "forward_macs",
     "masks_size",
     "measure",
     "message_size",
     "pack",
+    "pack_beside",
     "paper_bytes",
-    "prove",
+    "rounded",
     "training_cost",
     "unpack",
+    "unpack_beside",
 ]

@@ -6,9 +6,16 @@ Bytes are those of `messages`, a version of which each end is known to hold:
   everybody from the model's definition, so that a dense method never pays for a mask;
 * a client that holds the current version is charged no mask; one that holds the version before is charged
   the changed positions where that is shorter; any other, the whole mask;
+* the mask of a run's first round is charged as a seed of 8 bytes while it stays, if its part draws it from
+  its key alone (`from_key`): every client can draw it, too;
 * what is frozen, values and flags, is charged at the first contact since it changed, and frozen values in
   no other message;
-* an upload carries a mask only if the client changed it, coded against the one that it downloaded.
+* an upload carries a mask only if the client changed it, coded against the one that it downloaded;
+* scores, control variates and other tensors beside the model are a message of their own; what is named as a
+  parameter is sent where that trains, the rest whole;
+* each message has a header of 26 bytes.
+
+Values are 4 bytes each, or 2 under `ledger.values` "float16" and "bfloat16", which round what is sent.
 
 FLOPs follow the convention of `flops`, at the densities of the server's mask.
 """
@@ -26,7 +33,20 @@ from ..errors import RunError
 from ..state import Masks, Params
 from .codecs import decode_masks, encode_masks, masks_size
 from .flops import Cost, training_cost
-from .messages import Count, Message, MessageSize, count, measure, prove
+from .messages import (
+    SEED,
+    Count,
+    Form,
+    Message,
+    MessageSize,
+    Seed,
+    beside_size,
+    count,
+    deliver,
+    deliver_beside,
+    measure,
+)
+from .values import on_wire, rounded
 
 
 class Traffic(NamedTuple):
@@ -63,27 +83,32 @@ def paper_bytes(traffic: Traffic) -> float:
 
 
 class Tally(NamedTuple):
-    """What a round, or a run, has cost so far."""
+    """What a round, or a run, has cost so far; the last three are parts of `upload_bytes`."""
 
     upload_bytes: int = 0
     download_bytes: int = 0
     paper_bytes: float = 0.0
     flops: float = 0.0
+    upload_values_bytes: int = 0
+    """values of masked parameters"""
+    upload_mask_bytes: int = 0
+    upload_dense_bytes: int = 0
+    """parameters without a mask, and buffers"""
 
-    def plus(
-        self,
-        upload_bytes: int = 0,
-        download_bytes: int = 0,
-        paper_bytes: float = 0.0,
-        flops: float = 0.0,
-    ) -> Tally:
-        """The sum."""
-        return Tally(
-            self.upload_bytes + upload_bytes,
-            self.download_bytes + download_bytes,
-            self.paper_bytes + paper_bytes,
-            self.flops + flops,
-        )
+    def plus(self, **more: float) -> Tally:
+        """The sum; `more` is by field."""
+        return self._replace(**{name: getattr(self, name) + amount for name, amount in more.items()})
+
+
+UPLOAD_PARTS = ("upload_values_bytes", "upload_mask_bytes", "upload_dense_bytes")
+"""Parts of an upload; the rest is headers and what goes beside the model."""
+
+
+class Passed(NamedTuple):
+    """A message that went from end to end: its bytes and, under `encode`, what its receiver decoded."""
+
+    size: int
+    got: Message | None = None
 
 
 class _Prices(NamedTuple):
@@ -114,8 +139,10 @@ class Ledger:
     A round is `begin_round`; for each client `download`, `train`, `upload`; `end_round`.
 
     `params` and `buffers` are templates: only names, shapes and dtypes matter. `macs` are those of
-    `forward_macs`. `paper` is the method's own formula. With `encode`, every message is encoded, decoded and
-    compared, and its length held against the charge (slow; RunError at the first difference).
+    `forward_macs`. `paper` is the method's own formula. `values` is the type in which floating-point values
+    travel. `seed` draws the mask of the first round, if its part says so. With `encode`, every message is
+    encoded and decoded; its length is held against the charge, what arrives is compared with what was sent
+    and handed out to be gone on with (slow; RunError at the first difference).
 
     As long as mask and frozen set stay the same, a call is arithmetic on the host and touches no tensor.
     `round` is this worker's `Tally` of the current round, `total` that of the rounds that have ended.
@@ -129,11 +156,15 @@ class Ledger:
         *,
         paper: PaperBytes = paper_bytes,
         encode: bool = False,
+        values: torch.dtype = torch.float32,
+        seed: Seed | None = None,
     ) -> None:
         self.round, self.total = Tally(), Tally()
+        self.encode, self.values = encode, values
         self._params = {name: torch.empty_like(param, device="meta") for name, param in params.items()}
         self._buffers = {name: torch.empty_like(buffer, device="meta") for name, buffer in buffers.items()}
-        self._macs, self._paper, self._encode = dict(macs), paper, encode
+        self._macs, self._paper, self._seed = dict(macs), paper, seed
+        self._seeded = -1  # the version of the mask that the seed stands for
         self._index = -1
         self._version = (0, 0)
         self._held: dict[int, tuple[int, int]] = {}
@@ -141,8 +172,14 @@ class Ledger:
         self._mask: Masks | None = None
         self._frozen: Masks | None = None
         self._before: Masks | None = None
+        self._still: Params = {}  # values of the frozen positions, flat, as they were sent
         self._prices: _Prices | None = None
         self._model: Message | None = None
+
+    @property
+    def alters(self) -> bool:
+        """Whether a receiver goes on with other tensors than the sender's: decoded or rounded ones."""
+        return self.encode or self.values != torch.float32
 
     def begin_round(
         self, params: Params, buffers: Params, mask: Masks, frozen: Masks, trained: Masks | None = None
@@ -157,57 +194,94 @@ class Ledger:
         self._index += 1
         new_mask = not _same(self._mask, mask, everywhere=True)
         new_frozen = not _same(self._frozen, frozen, everywhere=False)
+        if new_frozen or (self._still and any(f is not (self._frozen or {})[n] for n, f in frozen.items())):
+            # a policy that froze the same weights anew may have given them other values
+            still = self._frozen_values(params, frozen)
+            new_frozen = new_frozen or any(not torch.equal(v, still[n]) for n, v in self._still.items())
+            self._still = still
         if new_mask:
             self._before = self._mask
         self._version = (self._version[0] + new_mask, self._version[1] + new_frozen)
         self._mask, self._frozen = mask, frozen
-        self._model = Message(params, buffers, mask, frozen) if self._encode else None
+        if self._index == 0 and self._seed is not None and new_mask:
+            drawn = self._seed.masks(self._seed.key)
+            self._seeded = self._version[0] if _same(drawn, mask, everywhere=True) else -1
+        if self.encode:
+            sent = [self.rounded(tensors, "download") for tensors in (params, buffers)]
+            self._model = Message(sent[0], sent[1], mask, frozen)
         if new_mask or new_frozen or self._prices is None:
             self._prices = self._price(mask, frozen, mask if trained is None else trained)
 
-    def sidecar(self, tensors: Mapping[str, Tensor]) -> int:
-        """Bytes of tensors that travel beside the model.
+    def rounded(self, tensors: Params, way: str, client: int | None = None) -> Params:
+        """The tensors as they arrive: rounded to the type of values. RunError for one beyond its range."""
+        return rounded(tensors, self.values, lambda: self._label(way, client))
 
-        One that is named as a parameter, perhaps behind a prefix and "/", is sent where that trains.
+    def beside(
+        self, tensors: Params, way: str, client: int, mask: Masks | None = None, whole: bool = False
+    ) -> Params:
+        """Charges tensors that travel beside the model as "download" or "upload"; returns what arrives.
+
+        One that is named as a parameter, perhaps behind a prefix and "/", is sent where that trains in
+        `mask` (default: the server's) and arrives as 0 elsewhere; others, and with `whole` all, are sent
+        whole. No tensors, no message.
         """
-        counts = self._open().counts
-        size = 0
-        for name, tensor in tensors.items():
-            twin = counts.get(name.rpartition("/")[2])
-            size += (tensor.numel() if twin is None else twin.live) * tensor.element_size()
-        return size
+        if not tensors:
+            return tensors
+        counts, places = self._open().counts, Masks()
+        own = mask is not None and any(mask[name] is not old for name, old in (self._mask or {}).items())
+        if mask is not None and own:
+            counts = count(self._params, mask, self._frozen or {})
+        twins = {} if whole else {name: name.rpartition("/")[2] for name in tensors}
+        live = {
+            name: counts[twin].live
+            for name, twin in twins.items()
+            if twin in counts and tensors[name].shape == self._params[twin].shape
+        }
+        for name, size in live.items():
+            if size < tensors[name].numel():
+                places[name] = self._places(twins[name], mask if own else self._mask, tensors[name].device)
+        sent = self.rounded(tensors, way, client)
+        sent |= {name: torch.where(at, sent[name], 0) for name, at in places.items()}
+        size = beside_size(sent, live, self.values)
+        self.round = self.round.plus(**{f"{way}_bytes": size})
+        if not self.encode:
+            return sent
+        label = f"{self._label(way, client)}, beside the model"
+        return deliver_beside(sent, places, size, Form(values=self.values, label=label))
 
-    def download(self, client: int, extra: int = 0) -> int:
-        """Bytes sent to `client` now, `extra` among them; it holds the current mask and frozen set then."""
+    def download(self, client: int) -> Passed:
+        """The model sent to `client` now; it holds the current mask and frozen set then."""
         prices = self._open()
         first, held = client not in self._held, self._held.get(client, (0, 0))
         send_mask = held[0] != self._version[0]
         send_frozen = held[1] != self._version[1] and prices.any_frozen
-        update = send_mask and held[0] == self._version[0] - 1
-        size = prices.size.total(send_mask=send_mask and not update, send_frozen=send_frozen)
+        seed = send_mask and self._version[0] == self._seeded and prices.size.mask > SEED
+        update = send_mask and held[0] == self._version[0] - 1 and not seed
+        size = prices.size.total(send_mask=send_mask and not update, send_frozen=send_frozen, seed=seed)
         size += prices.update if update else 0
-        if self._model is not None:
-            reference = self._before if update else None
-            prove(self._model, size, send_mask=send_mask, send_frozen=send_frozen, reference=reference)
-        size += extra
         self._held[client] = self._version
         self._downloaded[client] = (first, send_mask)
         self.round = self.round.plus(download_bytes=size)
-        return size
+        if self._model is None:
+            return Passed(size)
+        form = Form(
+            send_mask,
+            send_frozen,
+            self._before if update else None,
+            self._seed if seed else None,
+            self.values,
+            self._label("download", client),
+        )
+        return Passed(size, deliver(self._model, size, form, self._still or None))
 
     def upload(
-        self,
-        client: int,
-        mask: Masks,
-        params: Params | None = None,
-        buffers: Params | None = None,
-        extra: int = 0,
-    ) -> int:
-        """Bytes that `client` sends back, after its `download` in this round (RunError otherwise).
+        self, client: int, mask: Masks, params: Params | None = None, buffers: Params | None = None
+    ) -> Passed:
+        """What `client` sends back, after its `download` in this round (RunError otherwise).
 
         `mask` holds the very tensors of the server's mask if the client left it alone; otherwise it is sent,
-        and says which values are. `params` and `buffers`, the client's own, are needed for `encode` only.
-        `extra` bytes go with the upload as they are: growth scores, control variates.
+        and says which values are. `params` and `buffers`, the client's own as `rounded` gives them, are
+        needed for `encode` only.
         """
         prices = self._open()
         if client not in self._downloaded:
@@ -216,13 +290,16 @@ class Ledger:
         server, frozen = self._mask or {}, self._frozen or {}
         own = any(mask[name] is not old for name, old in server.items())
         size, active = prices.size.total(), prices.traffic.active
+        values, coded = prices.size.values, 0
         if own:
             counts = count(self._params, mask, frozen)
-            values = sum(counts[name].live * self._params[name].element_size() for name in mask)
-            size += values - prices.size.values + masks_size(mask, server)
+            values, coded = self._live_bytes(mask, counts), masks_size(mask, server)
+            size += values - prices.size.values + coded
             active = sum(sum(counts[name]) for name in mask)
-        if self._encode and params is not None and buffers is not None:
-            prove(Message(params, buffers, mask, frozen), size, send_mask=own, reference=server)
+        got = None
+        if self.encode and params is not None and buffers is not None:
+            form = Form(own, False, server, None, self.values, self._label("upload", client))
+            got = deliver(Message(params, buffers, mask, frozen), size, form, self._still or None)
         traffic = prices.traffic._replace(
             round=self._index,
             active_upload=active,
@@ -230,17 +307,20 @@ class Ledger:
             client_readjusted=own,
             first_contact=first,
         )
-        size += extra
-        self.round = self.round.plus(upload_bytes=size, paper_bytes=self._paper(traffic))
-        return size
+        self.round = self.round.plus(
+            upload_bytes=size,
+            paper_bytes=self._paper(traffic),
+            upload_values_bytes=values,
+            upload_mask_bytes=coded,
+            upload_dense_bytes=prices.size.dense + prices.size.buffers,
+        )
+        return Passed(size, got)
 
     def mark(self, clients: Iterable[int]) -> Mark:
         """The round's accounts, and what these clients hold: for `back_to`."""
         own = set(clients)
-        held, downloaded = (
-            {client: table[client] for client in own & table.keys()}
-            for table in (self._held, self._downloaded)
-        )
+        held = {client: self._held[client] for client in own & self._held.keys()}
+        downloaded = {client: self._downloaded[client] for client in own & self._downloaded.keys()}
         return Mark(self.round, own, held, downloaded)
 
     def back_to(self, mark: Mark) -> None:
@@ -265,14 +345,15 @@ class Ledger:
     def end_round(self, tally: Iterable[float] | None = None, clients: Iterable[int] = ()) -> None:
         """Add the round to the total.
 
-        With several workers, `tally` is the sum of their `round`s (each a row of four numbers) and `clients`
+        With several workers, `tally` is the sum of their `round`s (each a row of numbers) and `clients`
         are all clients of the round: those of other workers hold the current versions, too.
         """
         if tally is not None:
-            upload, download, paper, flops = tally
-            self.round = Tally(round(upload), round(download), float(paper), float(flops))
+            summed: dict[str, Any] = dict(zip(Tally._fields, tally, strict=True))
+            whole = {name: round(number) for name, number in summed.items() if name.endswith("_bytes")}
+            self.round = Tally(**summed | whole | {"paper_bytes": summed["paper_bytes"]})
         self._held.update(dict.fromkeys(clients, self._version))
-        self.total = self.total.plus(*self.round)
+        self.total = self.total.plus(**self.round._asdict())
         self._model = None
 
     def metrics(self) -> dict[str, float]:
@@ -280,6 +361,8 @@ class Ledger:
         return {
             "upload_bytes": self.round.upload_bytes,
             "download_bytes": self.round.download_bytes,
+            **{name: getattr(self.round, name) for name in UPLOAD_PARTS},
+            "upload_other_bytes": self.round.upload_bytes - sum(getattr(self.round, n) for n in UPLOAD_PARTS),
             "upload_bytes_total": self.total.upload_bytes,
             "download_bytes_total": self.total.download_bytes,
             "paper_bytes_total": self.total.paper_bytes,
@@ -292,6 +375,8 @@ class Ledger:
             "index": self._index,
             "total": list(self.total),
             "version": list(self._version),
+            "seeded": self._seeded,
+            "still": {name: value.cpu() for name, value in self._still.items()},
             "clients": list(self._held),
             "held": [list(held) for held in self._held.values()],
             "mask": _dump(self._mask),
@@ -309,7 +394,27 @@ class Ledger:
         self._mask, self._frozen, self._before = (
             self._load(state[key]) for key in ("mask", "frozen", "before")
         )
+        self._seeded, self._still = state["seeded"], dict(state["still"])
         self._downloaded, self._prices, self._model = {}, None, None
+
+    def _label(self, way: str, client: int | None = None) -> str:
+        return f"round {self._index}, {way}" + ("" if client is None else f" of client {client}")
+
+    def _frozen_values(self, params: Params, frozen: Masks) -> Params:
+        """Flat values of what is frozen, as they are sent, on the host."""
+        values = {name: params[name].detach()[flags] for name, flags in frozen.items()}
+        return {name: value.cpu() for name, value in self.rounded(values, "download").items()}
+
+    def _live_bytes(self, mask: Masks, counts: Mapping[str, Count]) -> int:
+        """Bytes of the values of masked parameters that train."""
+        return sum(counts[n].live * on_wire(self._params[n].dtype, self.values).itemsize for n in mask)
+
+    def _places(self, name: str, mask: Masks | None, device: torch.device) -> Tensor:
+        """Where a parameter trains."""
+        live = torch.ones(self._params[name].shape, dtype=torch.bool, device=device)
+        live = (mask or {}).get(name, live)
+        still = (self._frozen or {}).get(name)
+        return live if still is None else live & ~still
 
     def _open(self) -> _Prices:
         if self._prices is None:
@@ -321,7 +426,7 @@ class Ledger:
         counts = count(self._params, mask, frozen)
         sizes = {name: param.numel() for name, param in self._params.items()}
         biases = {f"{name.removesuffix('weight')}bias" for name in self._macs} & (sizes.keys() - mask.keys())
-        size = measure(Message(self._params, self._buffers, mask, frozen), counts=counts)
+        size = measure(Message(self._params, self._buffers, mask, frozen), counts=counts, values=self.values)
         active = sum(sum(counts[name]) for name in mask)
         return _Prices(
             size,

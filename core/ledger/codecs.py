@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import RunError
 from ..state import Masks
+from .frame import CorruptError
 
 Bits = npt.NDArray[np.bool_]
 Bytes = npt.NDArray[np.uint8]
@@ -99,36 +100,36 @@ class Reader:
     def take(self, size: int) -> Bytes:
         """The next `size` bytes, a read-only view."""
         if size > self.left:
-            raise RunError(f"corrupt message: {size} bytes expected, {self.left} left")
+            raise CorruptError(f"{size} bytes expected, {self.left} left")
         self._at += size
         return self._data[self._at - size : self._at]
 
     def varints(self, count: int, limit: int) -> Ints:
         """The next `count` varints, each at most `limit` (a count or position, below 2**31 or so)."""
         if count > self.left:
-            raise RunError(f"corrupt message: {count} numbers expected, {self.left} bytes left")
+            raise CorruptError(f"{count} numbers expected, {self.left} bytes left")
         width = _length(limit)
         window = self._data[self._at : self._at + count * width]
         ends = np.flatnonzero(window < 0x80)[:count]
         if ends.size < count:
-            raise RunError("corrupt message: a number without end")
+            raise CorruptError("a number without end")
         starts = np.concatenate(([0], ends + 1))
         lengths = np.diff(starts)
         if count and lengths.max() > width:
-            raise RunError(f"corrupt message: a number above {limit}")
+            raise CorruptError(f"a number above {limit}")
         values = np.zeros(count, np.int64)
         for k in range(width):
             more = lengths > k
             values[more] |= (window[starts[:-1][more] + k].astype(np.int64) & 0x7F) << (7 * k)
         if count and (values.max() > limit or (_lengths(values) != lengths).any()):
-            raise RunError(f"corrupt message: a number above {limit} or not in its shortest form")
+            raise CorruptError(f"a number above {limit} or not in its shortest form")
         self._at += int(starts[-1])
         return values
 
     def end(self) -> None:
         """Nothing may be left."""
         if self.left:
-            raise RunError(f"corrupt message: {self.left} bytes too many")
+            raise CorruptError(f"{self.left} bytes too many")
 
 
 def _pairs(
@@ -202,14 +203,14 @@ def _read(reader: Reader, name: str, size: int, base: Bits | None) -> npt.NDArra
     if tag == Codec.BITMAP:
         packed = reader.take((size + 7) // 8)
         if size % 8 and packed[-1] >> (size % 8):
-            raise RunError(f"corrupt message: padding of the bitmap of {name!r} is not zero")
+            raise CorruptError(f"padding of the bitmap of {name!r} is not zero")
         return np.unpackbits(packed, count=size, bitorder="little").view(np.bool_)
     if tag > Codec.CHANGED or (tag == Codec.CHANGED and base is None):
-        raise RunError(f"corrupt message: codec {tag} of mask {name!r} is unknown or needs a reference")
+        raise CorruptError(f"codec {tag} of mask {name!r} is unknown or needs a reference")
     count = int(reader.varints(1, size)[0])
     positions = np.cumsum(reader.varints(count, size) + 1) - 1
     if count and positions[-1] >= size:
-        raise RunError(f"corrupt message: mask {name!r} has {size} positions, {positions[-1]} is named")
+        raise CorruptError(f"mask {name!r} has {size} positions, {positions[-1]} is named")
     flags = np.zeros(size, np.bool_)
     flags[positions] = True
     if tag == Codec.ACTIVE:

@@ -13,6 +13,7 @@ from fedsparse.core.compose import PluginError, compose
 from fedsparse.core.contracts import ContractError
 from fedsparse.core.engine import Engine
 from fedsparse.core.errors import ConfigError, RunError
+from fedsparse.core.ledger import HEADER
 from fedsparse.core.resolve import resolve
 from fedsparse.core.runner import run
 from fedsparse.core.schedule import learning_rate
@@ -410,7 +411,7 @@ def test_unreadable_checkpoints_are_refused(tmp_path):
     with pytest.raises(RunError, match=r"does not exist.*before its first checkpoint"):
         checkpoint.load(tmp_path / "none", {})
     (tmp_path / "c").mkdir()
-    for text in ("{}", "[]", "", '{"format": 2, "round": 4, "state": {"dict": {}}}'):
+    for text in ("{}", "[]", "", '{"format": 3, "round": 4, "state": {"dict": {}}}'):
         (tmp_path / "c" / "state.json").write_text(text)
         with pytest.raises(RunError, match=r"cannot read the checkpoint \S+c, it is damaged"):
             checkpoint.load(tmp_path / "c", {})
@@ -731,7 +732,7 @@ def test_server_scores_are_weighted_by_samples_and_charged(make_resolved):
     torch.testing.assert_close(seen[0], sum(n * s for n, s in given) / total)
     weights = sum(layer.weights for layer in engine.task.layers)
     extra = reports[1].metrics["upload_bytes"] - reports[0].metrics["upload_bytes"]
-    assert extra == 3 * 4 * weights
+    assert extra == 3 * (HEADER + 4 * weights)
 
 
 def test_configurations_with_any_keys_and_values_can_be_read_back():

@@ -8,6 +8,7 @@ import torch
 from fedsparse import Aggregated, Part, hookimpl
 from fedsparse.core import masks, task
 from fedsparse.core.engine import Engine
+from fedsparse.core.ledger import HEADER
 from fedsparse.plugins.fedavg import MaskedSgd, WeightedMean
 
 SEEN = []
@@ -76,7 +77,8 @@ def test_broadcasts_reach_clients_and_are_charged(make_resolved):
         [after.metrics[f"{way}_bytes"] - before.metrics[f"{way}_bytes"] for way in ("download", "upload")]
         for after, before in zip(reports, plain, strict=True)
     ]
-    assert extra == [[0, 3 * (layer + 4)], [3 * layer, 3 * (layer + 4)]]
+    up, down = 3 * (HEADER + layer + 4), 3 * (HEADER + layer)
+    assert extra == [[0, up], [down, up]]
 
 
 def test_a_part_that_sends_its_support_is_charged_for_it(make_resolved):
@@ -85,7 +87,7 @@ def test_a_part_that_sends_its_support_is_charged_for_it(make_resolved):
     biases = sum(p.numel() for n, p in engine.params.items() if n not in engine.prunable)
     down = [report.metrics["download_bytes"] for report in reports]
     assert down[0] == plain[0].metrics["download_bytes"]
-    values = 3 * 4 * (10 * len(engine.prunable) + biases)
+    values = 3 * (HEADER + 4 * (10 * len(engine.prunable) + biases))
     assert values < down[1] < values + plain[1].metrics["download_bytes"] / 20
     # clients train every weight: what grows is uploaded, and the FLOPs are dense
     assert reports[2].metrics["upload_bytes"] > 2 * values

@@ -243,3 +243,18 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
     done = fedsparse("resume", "f", cwd=tmp_path)
     assert done.returncode == 1
     assert "has played all of its 6 rounds" in done.stderr
+
+
+def test_two_workers_encode_as_one_counts(tmp_path):
+    """What two processes encode and decode sums to the run of one that only counts, part by part."""
+    runs = [[], ["--workers", "2", "--set", "ledger.encode=true"]]
+    for name, more in zip("ab", runs, strict=True):
+        command = [*COMMAND, "run", "--plugin", "scaffold", *TINY, *more, "--out", name]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    one, two = (lines(tmp_path / name) for name in "ab")
+    assert one == two
+    parts = ("values", "mask", "dense", "other")
+    assert all(line["upload_bytes"] == sum(line[f"upload_{part}_bytes"] for part in parts) for line in two)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()

@@ -9,14 +9,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fedsparse.core.errors import RunError
-from fedsparse.core.ledger import Ledger, Tally, Traffic
+from fedsparse.core.ledger import HEADER, Ledger, Tally, Traffic
 
 Tensors = dict[str, torch.Tensor]
 PARAMS = {"fc.weight": torch.ones(16, 16), "fc.bias": torch.ones(16)}
 BUFFERS = {"mean": torch.ones(16), "steps": torch.tensor(3)}
 MACS = {"fc.weight": 768.0}
-# bytes: 64 of biases, 64 + 8 of buffers, a bitmap of 256 positions with its tag
-REST, BITMAP = 64 + 72, 33
+# bytes: a header, 64 of biases, 64 + 8 of buffers; a bitmap of 256 positions with its tag
+REST, BITMAP = HEADER + 64 + 72, 33
 
 
 def rows(*chosen: int) -> Tensors:
@@ -49,15 +49,16 @@ def test_mask_is_charged_once() -> None:
     """A client that took part with the same mask holds it; one never seen gets it."""
     ledger = make()
     begin(ledger, QUARTER)
-    assert ledger.download(1) == 256 + REST + BITMAP
-    assert ledger.upload(1, QUARTER, PARAMS, BUFFERS) == 256 + REST
+    assert ledger.download(1).size == 256 + REST + BITMAP
+    assert ledger.upload(1, QUARTER, PARAMS, BUFFERS).size == 256 + REST
     ledger.end_round()
     begin(ledger, rows(0, 1, 2, 3))  # another object, the same mask
-    assert ledger.download(1) == 256 + REST
-    assert ledger.download(2) == 256 + REST + BITMAP
+    assert ledger.download(1).size == 256 + REST
+    assert ledger.download(2).size == 256 + REST + BITMAP
     ledger.end_round()
     assert ledger.round == Tally(0, 2 * (256 + REST) + BITMAP, 0.0, 0.0)
-    assert ledger.total == Tally(256 + REST, 3 * (256 + REST) + 2 * BITMAP, 4.0 * (64 + 64 + 32), 0.0)
+    up, down = 256 + REST, 3 * (256 + REST) + 2 * BITMAP
+    assert ledger.total == Tally(up, down, 4.0 * (64 + 64 + 32), 0.0, 256, 0, 64 + 72)
 
 
 def test_moved_mask_is_a_difference_for_who_holds_the_last_one() -> None:
@@ -68,11 +69,11 @@ def test_moved_mask_is_a_difference_for_who_holds_the_last_one() -> None:
     begin(ledger, QUARTER)
     ledger.download(1)
     begin(ledger, moved())
-    assert ledger.download(1) == 256 + REST + 4
-    assert ledger.download(2) == 256 + REST + BITMAP
-    assert ledger.download(3) == 256 + REST + BITMAP
+    assert ledger.download(1).size == 256 + REST + 4
+    assert ledger.download(2).size == 256 + REST + BITMAP
+    assert ledger.download(3).size == 256 + REST + BITMAP
     begin(ledger, QUARTER)  # back again: a new version, though the mask was seen before
-    assert ledger.download(2) == 256 + REST + 4
+    assert ledger.download(2).size == 256 + REST + 4
 
 
 def test_dense_mask_is_known_to_all() -> None:
@@ -80,12 +81,12 @@ def test_dense_mask_is_known_to_all() -> None:
     ledger = make()
     dense = rows(*range(16))
     begin(ledger, dense)
-    assert ledger.download(1) == 1024 + REST
-    assert ledger.upload(1, dense, PARAMS, BUFFERS) == 1024 + REST
+    assert ledger.download(1).size == 1024 + REST
+    assert ledger.upload(1, dense, PARAMS, BUFFERS).size == 1024 + REST
     almost = rows(*range(16))
     almost["fc.weight"][0, 0] = False
     begin(ledger, almost)
-    assert ledger.download(1) == ledger.download(2) == 1020 + REST + 3
+    assert ledger.download(1).size == ledger.download(2).size == 1020 + REST + 3
 
 
 def test_frozen_values_are_charged_at_first_contact() -> None:
@@ -102,8 +103,8 @@ def test_frozen_values_are_charged_at_first_contact() -> None:
         (1, 128 + REST),
     ]:
         begin(ledger, grown, QUARTER)
-        assert ledger.download(client) == expected
-        assert ledger.upload(client, grown, PARAMS, BUFFERS) == 128 + REST
+        assert ledger.download(client).size == expected
+        assert ledger.upload(client, grown, PARAMS, BUFFERS).size == 128 + REST
         ledger.end_round()
 
 
@@ -114,10 +115,10 @@ def test_client_mask_is_charged_against_the_servers() -> None:
     ledger.download(1)
     own = moved()
     own["fc.weight"][8, 0] = True
-    assert ledger.upload(1, own, PARAMS, BUFFERS) == 4 * 65 + REST + (1 + 1 + 3)
+    assert ledger.upload(1, own, PARAMS, BUFFERS).size == 4 * 65 + REST + (1 + 1 + 3)
     ledger.download(2)
     equal = rows(0, 1, 2, 3)  # readjusted to the same mask: the server has to be told
-    assert ledger.upload(2, equal, PARAMS, BUFFERS) == 256 + REST + 2
+    assert ledger.upload(2, equal, PARAMS, BUFFERS).size == 256 + REST + 2
 
 
 def test_support_of_a_sparse_upload() -> None:
@@ -127,7 +128,7 @@ def test_support_of_a_sparse_upload() -> None:
     ledger.download(1)
     support = rows()
     support["fc.weight"].view(-1)[[3, 50, 120, 121, 255]] = True
-    assert ledger.upload(1, support, PARAMS, BUFFERS) == 4 * 5 + REST + (1 + 1 + 5 + 1)
+    assert ledger.upload(1, support, PARAMS, BUFFERS).size == 4 * 5 + REST + (1 + 1 + 5 + 1)
 
 
 def test_flops() -> None:
@@ -233,7 +234,7 @@ def test_two_workers_are_one() -> None:
             assert ledger.metrics() == alone.metrics()
     assert isinstance(workers[0].total.upload_bytes, int)
     begin(workers[0], QUARTER)
-    assert workers[0].download(3) == 256 + REST
+    assert workers[0].download(3).size == 256 + REST
 
 
 def test_a_call_touches_no_tensor() -> None:

@@ -161,3 +161,39 @@ def test_shapes_and_counter_agree(name: str) -> None:
         assert by_shapes == flops._by_counter(model, shape)
         return
     raise AssertionError(f"{name} takes none of these shapes")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "macs"),
+    [
+        ("resnet18", (3, 32, 32), 555_422_720),
+        ("lenet", (3, 32, 32), 2_293_320),
+        ("lenet", (1, 28, 28), 2_020_500),
+    ],
+)
+def test_shipped_models_have_the_papers_macs(name: str, shape: tuple[int, int, int], macs: int) -> None:
+    """PFFDST document, 7, and FedDST document, 7.1: forward MACs of one image."""
+    assert sum(forward_macs(MODELS[name]().build(shape, 10), shape, []).values()) == macs
+
+
+@pytest.mark.parametrize(("name", "shape"), [("lenet", (3, 32, 32)), ("cnn", (1, 8, 8)), ("mlp", (1, 8, 8))])
+def test_a_training_step_costs_what_torch_counts(name: str, shape: tuple[int, int, int]) -> None:
+    """At density 1: forward, both gradients, the input's in the first layer too, by torch's own counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, batch = MODELS[name]().build(shape, 10), 3
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    cost = training_cost(
+        forward_macs(model, shape, []), {n: Count(size, 0) for n, size in sizes.items()}, sizes
+    )
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(torch.zeros(batch, *shape, requires_grad=True)).sum().backward()
+    assert counter.get_total_flops() == batch * cost.step
+
+
+def test_dense_gradients_are_charged() -> None:
+    """FedDST document: a readjustment's minibatch costs 2·MAC·(1 - d) a sample more than a sparse step."""
+    counts, sizes = {"a": Count(20, 0)}, {"a": 100}
+    cost = training_cost({"a": 400.0}, counts, sizes)
+    assert cost.score - cost.step == 2 * 400 * (1 - 0.2)

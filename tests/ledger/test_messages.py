@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 from fedsparse.core.errors import RunError
-from fedsparse.core.ledger import Message, MessageSize, measure, message_size, pack, prove, unpack
+from fedsparse.core.ledger import (
+    HEADER,
+    Form,
+    Message,
+    MessageSize,
+    deliver,
+    measure,
+    message_size,
+    pack,
+    unpack,
+)
 
 CIFAR10_NET = {
     "conv1": (6, 3, 5, 5),
@@ -62,10 +72,11 @@ def test_round_trip(
     model = random_model(density, freezing)
     model.params["fc.weight"][model.mask["fc.weight"].nonzero()[:1].unbind(1)] = -0.0  # its sign survives
     reference = random_model(density, freezing, 1).mask if with_reference else None
-    size = message_size(model, send_mask=send_mask, send_frozen=send_frozen, reference=reference)
-    data = pack(model, send_mask=send_mask, send_frozen=send_frozen, reference=reference)
+    form = Form(send_mask, send_frozen, reference)
+    size = message_size(model, form)
+    data = pack(model, form)
     assert size == len(data)
-    prove(model, size, send_mask=send_mask, send_frozen=send_frozen, reference=reference)
+    deliver(model, size, form)
 
     other = random_model(0.3, 0.3, 7)
     params = {
@@ -78,7 +89,7 @@ def test_round_trip(
         other.mask if send_mask else model.mask,
         other.frozen if send_frozen else model.frozen,
     )
-    got = unpack(data, held, send_mask=send_mask, send_frozen=send_frozen, reference=reference)
+    got = unpack(data, held, form)
     for left, right in zip(got, model, strict=True):
         assert left.keys() == right.keys()
         for name in right:
@@ -100,10 +111,10 @@ def test_sections() -> None:
     assert size == MessageSize(
         values=40, frozen_values=128, dense=12, buffers=20, mask=14, frozen_mask=(1 + 5) + (1 + 1)
     )
-    assert size.total() == 72
-    assert size.total(send_mask=True) == 86
-    assert size.total(send_frozen=True) == 208
-    assert size.total(send_mask=True, send_frozen=True) == 222
+    assert size.total() == HEADER + 72
+    assert size.total(send_mask=True) == HEADER + 86
+    assert size.total(send_frozen=True) == HEADER + 208
+    assert size.total(send_mask=True, send_frozen=True) == HEADER + 222
 
 
 def test_nan_and_strides_survive() -> None:
@@ -115,25 +126,24 @@ def test_nan_and_strides_survive() -> None:
     plain = Message({"w": weight}, {}, mask, {})
     last = Message({"w": nn.Parameter(weight.to(memory_format=torch.channels_last))}, {}, mask, {})
     assert pack(last) == pack(plain)
-    prove(last, message_size(last))
+    deliver(last, message_size(last))
 
 
 def test_nothing_to_send() -> None:
-    """No parameters, no bytes."""
+    """No parameters, a header."""
     empty = Message({}, {}, {}, {})
-    assert pack(empty, send_mask=True, send_frozen=True) == b""
-    assert message_size(empty, send_mask=True, send_frozen=True) == 0
+    assert len(pack(empty, Form(True, True))) == message_size(empty, Form(True, True)) == HEADER
 
 
 def test_corrupt_messages_raise() -> None:
     """A message of any other length is refused; so is a wrong claim about its length."""
     model = random_model(0.5, 0.5)
-    data = pack(model, send_mask=True, send_frozen=True)
+    data = pack(model, Form(True, True))
     for wrong in (data[:-1], data[:10], b"", data + b"\0"):
         with pytest.raises(RunError, match="corrupt message"):
-            unpack(wrong, model, send_mask=True, send_frozen=True)
+            unpack(wrong, model, Form(True, True))
     with pytest.raises(RunError, match=f"{len(data)} bytes was charged as {len(data) + 1}"):
-        prove(model, len(data) + 1, send_mask=True, send_frozen=True)
+        deliver(model, len(data) + 1, Form(True, True))
 
 
 def test_pffdst_worked_example_bits() -> None:
@@ -144,10 +154,10 @@ def test_pffdst_worked_example_bits() -> None:
     mask = {"w": frozen["w"].clone()}
     mask["w"][[1, 2, 4, 8, 9, 11]] = True
     model = Message(params, {}, mask, frozen)
-    assert len(pack(model)) == 24
-    assert len(pack(model, send_mask=True)) == 24 + 1 + 2
+    assert len(pack(model)) == HEADER + 24
+    assert len(pack(model, Form(True))) == HEADER + 24 + 1 + 2
     # first contact: the four frozen values, and which of the ten active positions they are
-    assert len(pack(model, send_mask=True, send_frozen=True)) == 27 + 4 * 4 + 1 + 2
+    assert len(pack(model, Form(True, True))) == HEADER + 27 + 4 * 4 + 1 + 2
     assert measure(model) == MessageSize(24, 16, 0, 0, 3, 3)
 
 
@@ -158,7 +168,7 @@ def test_feddst_worked_example_cost() -> None:
     mask = {f"{name}.weight": first(shape, CIFAR10_BUDGET[name]) for name, shape in CIFAR10_NET.items()}
     size = measure(Message(params, {}, mask, {}))
     assert (size.values, size.dense, size.buffers) == (4 * 156399, 4 * 236, 0)
-    assert size.total() == 626_540
+    assert size.total() - HEADER == 626_540
 
 
 def test_feddst_invariant_15() -> None:
@@ -169,10 +179,10 @@ def test_feddst_invariant_15() -> None:
     active = int(mask["w"].sum())
     model = Message(params, {}, mask, {})
     bitmap = 1 + 2000 // 8
-    assert message_size(model, send_mask=True) == 4 * active + 4 * 50 + bitmap
+    assert message_size(model, Form(True)) == HEADER + 4 * active + 4 * 50 + bitmap
     serialized = len(params["w"][mask["w"]].numpy().tobytes()) + len(params["b"].numpy().tobytes())
-    assert len(pack(model)) == serialized
-    assert len(pack(model, send_mask=True)) == serialized + bitmap
+    assert len(pack(model)) == HEADER + serialized
+    assert len(pack(model, Form(True))) == HEADER + serialized + bitmap
 
 
 def half_b() -> tuple[Message, list[Message]]:
@@ -219,15 +229,15 @@ def test_pffdst_norm_bytes() -> None:
     """PFFDST document, 5.2: BatchNorm of ResNet-18 takes 76,960 bytes, 19,200 less with its scales frozen."""
     norms = batch_norms()
     params, buffers = dict(norms.named_parameters()), dict(norms.named_buffers())
-    assert message_size(Message(params, buffers, {}, {})) == 76_960
+    assert message_size(Message(params, buffers, {}, {})) - HEADER == 76_960
     frozen = {
         name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items() if name.endswith("weight")
     }
-    assert message_size(Message(params, buffers, {}, frozen)) == 76_960 - 4 * 4800
+    assert message_size(Message(params, buffers, {}, frozen)) - HEADER == 76_960 - 4 * 4800
 
 
 def test_pffdst_invariant_16() -> None:
-    """PFFDST document, invariant 16: a half-B upload is 4·|G| + norm' + 4·Σβ; there are no headers."""
+    """PFFDST document, invariant 16: a half-B upload is 4·|G| + norm' + 4·Σβ; after the header."""
     norms = batch_norms()
     params = {"fc.weight": torch.ones(10, 512), "fc.bias": torch.ones(10), **dict(norms.named_parameters())}
     mask = {"fc.weight": first((10, 512), 980)}
@@ -238,4 +248,5 @@ def test_pffdst_invariant_16() -> None:
         if name.endswith("weight")
     }
     model = Message(params, dict(norms.named_buffers()), mask, frozen)
-    assert len(pack(model)) == message_size(model) == 4 * 480 + (76_960 - 4 * 4800) + 4 * 10
+    size = HEADER + 4 * 480 + (76_960 - 4 * 4800) + 4 * 10
+    assert len(pack(model)) == message_size(model) == size
