@@ -110,12 +110,8 @@ def run(chosen: Settings, out: Path | None, workers: int, trackers: tuple[str, .
     fedsparse run --plugin pffdst --track tensorboard
     """
     from ..core.trackers import tracked
-    from ..core.tracking import refuse_taken
 
-    resolved = tracked(chosen.resolve(), trackers)
-    if out is not None:
-        refuse_taken(out)
-    train(resolved, out, workers, quiet)
+    train(tracked(chosen.resolve(), trackers), out, workers, quiet)
 
 
 @main.command()
@@ -129,22 +125,24 @@ def resume(folder: Path, workers: int, trackers: tuple[str, ...], quiet: bool) -
     \b
     fedsparse resume runs/pffdst-digits-seed0
     """
+    from ..core.api import begun
     from ..core.trackers import tracked
 
-    resolved = tracked(Settings(configs=(str(folder / "config.toml"),)).resolve(), trackers)
+    resolved = tracked(Settings(configs=(str(begun(folder)),)).resolve(), trackers)
     train(resolved, folder, workers, quiet, resume=True)
 
 
 def train(resolved: Resolved, out: Path | None, workers: int, quiet: bool, resume: bool = False) -> None:
-    """Runs here, or in so many new processes; ends with the exit status of an interrupted run if it is."""
-    from ..core.execution.workers import launch, started_by_launcher
-    from .view import watched_run
+    """Plays a run under its view; ends with the exit status of an interrupted run if it is."""
+    from ..core.playing import play
+    from .view import choose_view
 
-    if workers > 1 and not started_by_launcher():
-        interrupted = launch(workers, watched_run, resolved, out, quiet, resume)
-    else:
-        interrupted = watched_run(resolved, out, quiet, resume)
-    if interrupted:
+    view = choose_view(quiet)
+    result = play(resolved, out, view, workers, resume)
+    if result is None:  # another process of torchrun's records
+        return
+    view.end(result)
+    if result.summary["interrupted"]:
         sys.exit(INTERRUPTED)
 
 
