@@ -379,10 +379,23 @@ def bench(
 
 
 @main.group(invoke_without_command=True)
+@click.option(
+    "--check",
+    "checked",
+    type=PLUGIN,
+    metavar="PLUGIN",
+    help="Hold a plugin against every contract, as check.",
+)
 @click.pass_context
-def plugins(ctx: click.Context) -> None:
+def plugins(ctx: click.Context, checked: str | None) -> None:
     """List the installed plugins, their parts by slot, and load failures."""
-    if ctx.invoked_subcommand is None:
+    if checked is not None and ctx.invoked_subcommand is not None:
+        raise click.UsageError(
+            f"--check {checked} and {ctx.invoked_subcommand} are both given; give one", ctx
+        )
+    if checked is not None:
+        ctx.invoke(plugins_check, plugin=checked)
+    elif ctx.invoked_subcommand is None:
         from .describe import show_plugins
 
         show_plugins()
@@ -402,7 +415,7 @@ def plugins_show(plugin: str) -> None:
 @click.option(
     "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change one setting of the checks' tiny runs."
 )
-def plugins_check(plugin: str, sets: tuple[str, ...]) -> None:
+def plugins_check(plugin: str, sets: tuple[str, ...] = ()) -> None:
     """Hold a plugin against every contract.
 
     Prints a line a check; the exit status is 1 if one fails. The runs are tiny: 16 rounds of a small network

@@ -53,8 +53,8 @@ def resume(
 ) -> Result:
     """Goes on with the interrupted run in a folder, from its last checkpoint, and returns the whole run.
 
-    The other arguments are those of `run`. Raises ConfigError if no run was begun there, and RunError if it has
-    played all of its rounds, or if settings, code or versions are not those of the checkpoint.
+    The other arguments are those of `run`. Raises ConfigError if no run was begun there, and RunError if it
+    has played all of its rounds, or if settings, code or versions are not those of the checkpoint.
     """
     resolved = resolve(configs=[str(begun(folder))])
     return _watched(resolved, Path(folder), progress, workers, track, resume=True)

@@ -96,18 +96,20 @@ def _teller(progress: bool | Tell, resolved: Resolved) -> Iterator[Told | None]:
     name, rounds = resolved.method.name, resolved.config.federation.rounds
     console = Console()
     if console.is_jupyter:
-        yield _Notebook(name, rounds)
+        bar = _Notebook(name, rounds)
+        yield bar
+        bar.draw()
         return
     from rich.progress import Progress
 
     with Progress(console=console) as bars:
-        bar = bars.add_task(name, total=rounds)
+        task = bars.add_task(name, total=rounds)
 
         def show(what: Mapping[str, Any] | str) -> None:
             if isinstance(what, str):
                 bars.print(what, markup=False)
             else:
-                bars.update(bar, completed=what["round"] + 1)
+                bars.update(task, completed=what["round"] + 1)
 
         yield show
 
@@ -119,7 +121,7 @@ class _Notebook:
         from IPython.display import display  # there is no notebook without
 
         self.name, self.rounds, self.round, self.news = name, rounds, 0, ""
-        self.accuracy, self.shown_at = "", 0.0
+        self.accuracy, self.drawn_at = "", 0.0
         self.handle = display(self.picture(), raw=True, display_id=True)
 
     def __call__(self, told: Mapping[str, Any] | str) -> None:
@@ -129,10 +131,13 @@ class _Notebook:
             self.round = told["round"] + 1
             if told.get("test_accuracy") is not None:
                 self.accuracy = f", test accuracy {told['test_accuracy']:.3f}"
-        last = self.round == self.rounds or isinstance(told, str)
-        if last or time.monotonic() - self.shown_at >= REDRAW:
-            self.shown_at = time.monotonic()
-            self.handle.update(self.picture(), raw=True)
+        if isinstance(told, str) or time.monotonic() - self.drawn_at >= REDRAW:
+            self.draw()
+
+    def draw(self) -> None:
+        """Shows how far the run is by now."""
+        self.drawn_at = time.monotonic()
+        self.handle.update(self.picture(), raw=True)
 
     def picture(self) -> dict[str, str]:
         """The bar, as HTML and as text for what shows no HTML."""

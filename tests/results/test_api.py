@@ -144,7 +144,7 @@ def test_what_python_cannot_ask_for_is_refused(monkeypatch):
     for workers in (0, True, 1.5, 2000):
         with pytest.raises(ConfigError, match=r"workers: given .*; allowed: 1 to 1024"):
             fedsparse.run("fedavg", workers=workers, **SHORT)
-    with pytest.raises(ConfigError, match="unknown tracker 'csvv'. Did you mean 'csv'"):
+    with pytest.raises(ConfigError, match=r"unknown tracker 'csvv'\. Did you mean 'csv'"):
         fedsparse.run("fedavg", track="csvv", **SHORT)
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     with pytest.raises(RunError, match="has used a GPU and so cannot start workers"):
