@@ -55,7 +55,7 @@ class Lines(Summary):
 
     def begin(self, engine: Engine, folder: RunFolder) -> None:
         for line in header(engine, folder):
-            self.console.print(line, soft_wrap=True)
+            self.console.print(line, soft_wrap=not self.console.is_terminal)  # whole words on a screen
 
     def round(self, report: Report) -> None:
         if "test_accuracy" in report.metrics:
