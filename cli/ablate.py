@@ -93,7 +93,7 @@ class _Lines:
             self.say(f"note  {note}")
 
     def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(text, soft_wrap=not self.console.is_terminal, markup=False)
 
     def name(self, trial: Trial) -> str:
         """A run in words, in columns."""
