@@ -130,7 +130,7 @@ def test_started_again_it_repeats_no_finished_run(tmp_path, cli, monkeypatch):
     told.clear()
     outcome = ablation.carry_out(planned, out, in_process, lambda *said: told.append(said))
     assert not outcome.interrupted
-    assert [remark for _, _, remark in told] == ["earlier", "finished before", "resumed", ""]
+    assert [remark for _, _, remark in told] == ["earlier", "earlier", "resumed", ""]
     assert {name: files(out / name) for name in names(planned)[:2]} == before
     whole = fedsparse.run(
         "pffdst",
