@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from . import testing
     from .core import masks, optim, rng, schedule
-    from .core.api import run
+    from .core.api import resume, run
     from .core.budget import Budget, Layer
     from .core.errors import ConfigError, FedsparseError, RunError
     from .core.hookspecs import hookimpl
@@ -60,6 +60,7 @@ _HOMES = {
     "Method": ".core.method",
     "Part": ".core.part",
     "Result": ".core.results",
+    "resume": ".core.api",
     "run": ".core.api",
     "Field": "pydantic",
     **dict.fromkeys(
@@ -117,6 +118,7 @@ __all__ = [
     "hookimpl",
     "masks",
     "optim",
+    "resume",
     "rng",
     "run",
     "schedule",

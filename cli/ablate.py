@@ -6,7 +6,7 @@ import csv
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
 from rich import box
 from rich.console import Console
@@ -14,12 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ..core import ablation, runner
+from ..core import ablation
 from ..core.ablation import Interval, Plan, Row, Spread, Trial
+from ..core.engine import Engine
 from ..core.errors import RunError
 from ..core.execution import workers
+from ..core.playing import View
+from ..core.playing import play as play_run
 from ..core.results import Result
 from ..core.state import Report
+from ..core.tracking import RunFolder
 
 CSV = "ablation.csv"
 WIDEST = 1000  # of a table, in characters
@@ -37,10 +41,9 @@ def ablate(plan: Plan, out: Path, count: int, quiet: bool) -> bool:
     lines = _Lines(console, plan, quiet)
 
     def play(trial: Trial, folder: Path, resume: bool) -> bool:
-        arguments = (trial.resolved, folder, resume, "" if quiet else lines.name(trial))
-        if count > 1:
-            return bool(workers.launch(count, watched, *arguments))
-        return watched(*arguments)
+        view = _Bar(console, "" if quiet else lines.name(trial))
+        result = play_run(trial.resolved, folder, view, count, resume)
+        return result is None or bool(result.summary["interrupted"])
 
     outcome = ablation.carry_out(plan, out, play, lines.tell, lambda: lines.begin(plan))
     if outcome.interrupted:
@@ -90,7 +93,7 @@ class _Lines:
             self.say(f"note  {note}")
 
     def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(text, soft_wrap=not self.console.is_terminal, markup=False)
 
     def name(self, trial: Trial) -> str:
         """A run in words, in columns."""
@@ -111,34 +114,35 @@ class _Lines:
         self.say(f"{self.name(trial)}  {self.metric} {_number(value, self.metric)}  {seconds:8.2f} s{note}")
 
 
-def watched(resolved: Any, folder: Path, resume: bool, name: str) -> bool:
-    """A run of an ablation, with a bar over its rounds on a terminal; whether Ctrl-C ended it."""
-    me = workers.join()
-    try:
-        console = Console()
-        bar = Progress(
+class _Bar(View):
+    """A bar over the rounds of one run, on a terminal."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        self.name, self.console = name, console
+        self.bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
-            disable=me.rank > 0 or not name or not console.is_terminal,
+            disable=not name or not console.is_terminal,
         )
-        with bar:
-            task = bar.add_task(name, total=resolved.config.federation.rounds)
 
-            def watch(report: Report) -> None:
-                bar.update(task, completed=report.metrics["round"] + 1)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
 
-            def say(text: str) -> None:
-                if me.rank == 0:
-                    console.print(text, markup=False)
+    def begin(self, engine: Engine, folder: RunFolder) -> None:
+        self.task = self.bar.add_task(self.name, total=engine.config.federation.rounds)
+        self.bar.start()
 
-            summary = runner.run(resolved, folder, watch=watch, say=say, resume=resume)
-        return bool(summary.get("interrupted"))  # workers other than the first have no summary
-    finally:
-        workers.leave()
+    def round(self, report: Report) -> None:
+        self.bar.update(self.task, completed=report.metrics["round"] + 1)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
 
 
 def show(console: Console, plan: Plan, rows: Sequence[Row]) -> None:

@@ -120,7 +120,8 @@ def show(asked: Asked, as_json: bool) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=WIDTH)
+    screen = console.is_terminal
+    console = console if screen else Console(highlight=False, width=WIDTH)
     for table in comparison.tables:
         console.print(table.title, style="bold", markup=False)
         drawn = Table()
@@ -131,7 +132,7 @@ def show(asked: Asked, as_json: bool) -> None:
             drawn.add_row(escape(group.name), *texts)
         console.print(drawn)
     for note in comparison.notes:
-        console.print(note, style="dim", markup=False, soft_wrap=True)
+        console.print(note, style="dim", markup=False, soft_wrap=not screen)
 
 
 def write(asked: Asked, out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,13 +110,9 @@ def run(chosen: Settings, out: Path | None, workers: int, trackers: tuple[str, .
     fedsparse run --plugin ./mine.py --seed 1
     fedsparse run --plugin pffdst --track tensorboard
     """
-    from ..core.folders import refuse_taken
     from ..core.trackers import tracked
 
-    resolved = tracked(chosen.resolve(), trackers)
-    if out is not None:
-        refuse_taken(out)
-    train(resolved, out, workers, quiet)
+    train(tracked(chosen.resolve(), trackers), out, workers, quiet)
 
 
 @main.command()
@@ -129,23 +126,25 @@ def resume(folder: Path, workers: int, trackers: tuple[str, ...], quiet: bool) -
     \b
     fedsparse resume runs/pffdst-digits-seed0
     """
+    from ..core.api import begun
     from ..core.trackers import tracked
 
-    resolved = tracked(Settings(configs=(str(folder / "config.toml"),)).resolve(), trackers)
+    resolved = tracked(Settings(configs=(str(begun(folder)),)).resolve(), trackers)
     train(resolved, folder, workers, quiet, resume=True)
 
 
 def train(resolved: Resolved, out: Path | None, workers: int, quiet: bool, resume: bool = False) -> None:
-    """Runs here, or in so many new processes; ends with 130 or 143 if Ctrl-C or SIGTERM ended the run."""
-    from ..core.execution.workers import launch, started_by_launcher
-    from .view import watched_run
+    """Plays a run under its view; ends with 130 or 143 if Ctrl-C or SIGTERM ended the run."""
+    from ..core.playing import play
+    from .view import choose_view
 
-    if workers > 1 and not started_by_launcher():
-        status = launch(workers, watched_run, resolved, out, quiet, resume)
-    else:
-        status = watched_run(resolved, out, quiet, resume)
-    if status:
-        sys.exit(status)
+    view = choose_view(quiet)
+    result = play(resolved, out, view, workers, resume)
+    if result is None:  # another process of torchrun's records
+        return
+    view.end(result)
+    if result.summary["interrupted"]:
+        sys.exit(128 + signal.Signals[result.summary["signal"]])  # as shells report it
 
 
 @main.command("new-plugin")
@@ -382,10 +381,23 @@ def bench(
 
 
 @main.group(invoke_without_command=True)
+@click.option(
+    "--check",
+    "checked",
+    type=PLUGIN,
+    metavar="PLUGIN",
+    help="Hold a plugin against every contract, as check.",
+)
 @click.pass_context
-def plugins(ctx: click.Context) -> None:
+def plugins(ctx: click.Context, checked: str | None) -> None:
     """List the installed plugins, their parts by slot, and load failures."""
-    if ctx.invoked_subcommand is None:
+    if checked is not None and ctx.invoked_subcommand is not None:
+        raise click.UsageError(
+            f"--check {checked} and {ctx.invoked_subcommand} are both given; give one", ctx
+        )
+    if checked is not None:
+        ctx.invoke(plugins_check, plugin=checked)
+    elif ctx.invoked_subcommand is None:
         from .describe import show_plugins
 
         show_plugins()
@@ -405,7 +417,7 @@ def plugins_show(plugin: str) -> None:
 @click.option(
     "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change one setting of the checks' tiny runs."
 )
-def plugins_check(plugin: str, sets: tuple[str, ...]) -> None:
+def plugins_check(plugin: str, sets: tuple[str, ...] = ()) -> None:
     """Hold a plugin against every contract.
 
     Prints a line a check; the exit status is 1 if one fails. The runs are tiny: 16 rounds of a small network

@@ -120,7 +120,14 @@ class SlotsType(click.ParamType[tuple[str, ...]]):
 
 
 class Bash(BashComplete):
-    """Bash splits words at `=`: puts `readjust = fed` together, and answers with what follows the `=`."""
+    """Bash splits words at `=`: puts `readjust = fed` together, and answers with what follows the `=`.
+
+    What ends with `=` is to be gone on with, so that no space follows.
+    """
+
+    source_template = BashComplete.source_template.replace(
+        "COMPREPLY+=($value)\n", "COMPREPLY+=($value)\n            [[ $value == *= ]] && compopt -o nospace\n"
+    )
 
     def get_completion_args(self) -> tuple[list[str], str]:
         args, incomplete = super().get_completion_args()
@@ -132,7 +139,7 @@ class Bash(BashComplete):
         return args, incomplete
 
     def format_completion(self, item: CompletionItem) -> str:
-        if "=" in os.environ["COMP_WORDS"].split(" "):
+        if "=" in os.environ["COMP_WORDS"].split():  # a line each
             item = CompletionItem(item.value.rpartition("=")[2], item.type)
         return super().format_completion(item)
 

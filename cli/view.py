@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,46 +13,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ..core import runner
 from ..core.engine import Engine
-from ..core.execution import workers
 from ..core.hookspecs import SLOTS
-from ..core.resolve import DEFAULT_PLUGIN, Resolved
+from ..core.playing import View
+from ..core.resolve import DEFAULT_PLUGIN
+from ..core.results import Result
 from ..core.state import Report
 from ..core.tracking import RunFolder
 
 MEGABYTE = 1e6
 
 
-class View:
+class Summary(View):
     """Prints the summary at the end; subclasses say more on the way."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False)
-        self.folder: RunFolder | None = None
-
-    def __enter__(self) -> View:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-    def begin(self, engine: Engine, folder: RunFolder) -> None:
-        """Once, before the first round."""
-        self.folder = folder
-
-    def round(self, report: Report) -> None:
-        """After each round."""
 
     def say(self, text: str) -> None:
-        """News in between."""
         self.console.print(text, markup=False)
 
-    def end(self, summary: Mapping[str, Any]) -> None:
+    def end(self, result: Result) -> None:
         """The summary table and where the results are."""
-        assert self.folder is not None
+        summary = result.summary
         final, best = summary["final"], summary["best"]
         table = Table(title="interrupted; recorded so far" if summary["interrupted"] else None)
         for heading in ("", "final", "best"):
@@ -68,16 +49,15 @@ class View:
             table.add_row(f"clients lost: {reason.replace('_', ' ')}", f"{count:,}", "")
         table.add_row("wall time", f"{summary['wall_seconds']:.1f} s", "")
         self.console.print(table)
-        self.console.print(f"Results: {self.folder.path}", soft_wrap=True, markup=False)
+        self.console.print(f"Results: {result.path}", soft_wrap=True, markup=False)
 
 
-class Lines(View):
+class Lines(Summary):
     """A header, then one line for each evaluated round."""
 
     def begin(self, engine: Engine, folder: RunFolder) -> None:
-        super().begin(engine, folder)
         for line in header(engine, folder):
-            self.console.print(line, soft_wrap=True)
+            self.console.print(line, soft_wrap=not self.console.is_terminal)  # whole words on a screen
 
     def round(self, report: Report) -> None:
         if "test_accuracy" in report.metrics:
@@ -116,29 +96,10 @@ class Live(Lines):
         self.live.stop()
 
 
-def watched_run(resolved: Resolved, out: Path | None, quiet: bool, resume: bool = False) -> int:
-    """A run under its view; its exit status. Workers other than the first show nothing.
-
-    The status is 0, or as shells report a command that a signal ended: 130 for Ctrl-C, 143 for SIGTERM.
-    """
-    me = workers.join()
-    try:
-        if me.rank > 0:
-            runner.run(resolved, out, resume=resume)
-            return 0
-        view = choose_view(quiet)
-        with view:
-            summary = runner.run(resolved, out, view.begin, view.round, view.say, resume)
-        view.end(summary)
-        return 128 + signal.Signals[summary["signal"]] if summary["interrupted"] else 0
-    finally:
-        workers.leave()
-
-
-def choose_view(quiet: bool) -> View:
+def choose_view(quiet: bool) -> Summary:
     """Live on a terminal, lines elsewhere."""
     if quiet:
-        return View()
+        return Summary()
     return Live() if Console().is_terminal else Lines()
 
 

@@ -352,7 +352,7 @@ def carry_out(
         failed: dict[str, str] = {}
         for trial in plan.trials:
             folder, state = out / trial.folder, states[trial.folder]
-            remark = {"finished": "finished before", "resume": "resumed"}.get(state, "")
+            remark = {"finished": "earlier", "resume": "resumed"}.get(state, "")
             if state != "finished":
                 if state == "anew":
                     shutil.rmtree(folder)

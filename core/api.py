@@ -1,19 +1,17 @@
-"""`fedsparse.run`: a run from Python, the same as on the command line."""
+"""`fedsparse.run` and `resume`: runs from Python, the same as on the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .config import Layer, expand
 from .errors import ConfigError, Problem
 from .resolve import Resolved, resolve
 from .results import Result
 
-if TYPE_CHECKING:
-    from .state import Report
+MOST_WORKERS = 1024
 
 
 def run(
@@ -24,35 +22,72 @@ def run(
     configs: Sequence[str | Path] = (),
     out: str | Path | None = None,
     progress: bool | Callable[[Mapping[str, Any]], object] = False,
+    workers: int = 1,
+    track: Sequence[str] = (),
     **settings: Any,
 ) -> Result:
-    """Trains with a method in this process and returns what the run wrote.
+    """Trains with a method and returns what the run wrote.
 
     `plugin` is a name or a file's path, `swaps` are by slot, as `{"readjust": "feddst"}`, `extras` parts
     beside the slots, as `["privacy"]`, `configs` presets or TOML files. A setting's dotted path is written
     with two underscores, or given as a table: `federation__rounds=20`, `seed=1`, `sparsity={"target": 0.9}`.
     `out` is a new or empty folder; None makes one under `runs/`. `progress` shows a bar (True), or is called
-    with each round's metrics.
+    with each round's metrics. `workers`, from 1 to 1024, is the number of processes that share each round's
+    clients: 1 trains in this one, more are forked from it, which a process that has used a GPU cannot do.
+    `track` names trackers: "csv", "tensorboard", "wandb", "mlflow".
 
     Ctrl-C (interrupting the kernel of a notebook) ends the run after its round; what was recorded stays.
     Raises ConfigError for wrong settings, all at once, and RunError for what goes wrong in the run.
     """
-    from . import runner
-
     given = Layer("fedsparse.run", expand(nested(settings)))
     swapped = [f"{slot}={use}" for slot, use in (swaps or {}).items()]
     resolved = resolve(
         plugin or None, [str(config) for config in configs], swapped, extras=extras, layers=[given]
     )
-    folder: list[Path] = []
-    with _watching(progress, resolved) as watch:
-        runner.run(
-            resolved,
-            None if out is None else Path(out),
-            begun=lambda engine, made: folder.append(made.path),
-            watch=watch,
-        )
-    return Result.load(folder[0])
+    return _watched(resolved, None if out is None else Path(out), progress, workers, track)
+
+
+def resume(
+    folder: str | Path,
+    *,
+    progress: bool | Callable[[Mapping[str, Any]], object] = False,
+    workers: int = 1,
+    track: Sequence[str] = (),
+) -> Result:
+    """Goes on with the interrupted run in a folder, from its last checkpoint, and returns the whole run.
+
+    The other arguments are those of `run`. Raises ConfigError if no run was begun there, and RunError if it
+    has played all of its rounds, or if settings, code or versions are not those of the checkpoint.
+    """
+    resolved = resolve(configs=[str(begun(folder))])
+    return _watched(resolved, Path(folder), progress, workers, track, resume=True)
+
+
+def begun(folder: str | Path) -> Path:
+    """The configuration of the run that was begun in a folder. Raises ConfigError if none was."""
+    path = Path(folder) / "config.toml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no run's folder: it has no config.toml; nothing to go on with")
+    return path
+
+
+def _watched(
+    resolved: Resolved,
+    out: Path | None,
+    progress: bool | Callable[[Mapping[str, Any]], object],
+    workers: int,
+    track: Sequence[str],
+    resume: bool = False,
+) -> Result:
+    from .playing import played_alone
+    from .progress import watching
+    from .trackers import tracked
+
+    if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= MOST_WORKERS:
+        raise ConfigError([Problem("workers", f"given {workers!r}; allowed: 1 to {MOST_WORKERS}")])
+    names = [track] if isinstance(track, str) else track
+    with watching(progress, resolved, workers) as view:
+        return played_alone(tracked(resolved, names), out, view, workers, resume)
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,26 +111,3 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
         else:
             held.update(own)
     return tree
-
-
-@contextmanager
-def _watching(
-    progress: bool | Callable[[Mapping[str, Any]], object], resolved: Resolved
-) -> Iterator[Callable[[Report], None]]:
-    """Who is told of each round."""
-    if callable(progress):
-        told = progress
-
-        def tell(report: Report) -> None:
-            told(report.metrics)
-
-        yield tell
-        return
-    if not progress:
-        yield lambda report: None
-        return
-    from rich.progress import Progress
-
-    with Progress() as bars:
-        bar = bars.add_task(resolved.method.name, total=resolved.config.federation.rounds)
-        yield lambda report: bars.advance(bar)

@@ -243,7 +243,16 @@ def launch(workers: int, function: Callable[..., Any], *arguments: Any) -> Any:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if not hasattr(os, "fork"):
-        raise RunError("--workers needs a system with fork; use torchrun --no-python fedsparse run …")
+        raise RunError(
+            "several workers need a system with fork; use torchrun --no-python fedsparse run …, or one worker"
+        )
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        raise RunError(
+            "this process has used a GPU and so cannot start workers, which are copies of it; "
+            "start them first (in a notebook: restart the kernel), or in a shell: fedsparse run --workers N"
+        )
+    if threading.current_thread() is not threading.main_thread():
+        raise RunError("workers start from a program's main thread only; call this one from there")
     # Ctrl-C is the workers' business: they end the round first
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = OTHER_SIGNALS
     os.environ.setdefault("OMP_NUM_THREADS", "1")

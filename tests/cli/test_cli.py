@@ -498,7 +498,7 @@ def test_shell_completion_knows_names_and_imports_no_torch(words, expected):
     said = without_torch(
         code,
         _FEDSPARSE_COMPLETE="bash_complete",
-        COMP_WORDS=words,
+        COMP_WORDS=words.replace(" ", "\n"),  # as bash joins them in click's function
         COMP_CWORD=str(len(words.split(" ")) - 1),
     )
     assert f"plain,{expected}" in said.splitlines()

@@ -1,7 +1,12 @@
 """The README's example is a plugin of at most 40 lines that runs, and its tables name what exists."""
 
 import inspect
+import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -28,6 +33,90 @@ def test_the_example_in_python_runs(tmp_path, monkeypatch, capsys):
     exec(compile(code, "README", "exec"), scope)
     assert scope["again"].rounds == scope["result"].rounds
     assert capsys.readouterr().out.endswith(" MB\n")
+
+
+def section(title):
+    """The text below a heading, down to the next."""
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def commands(text):
+    """Each command of its `sh` blocks, in order; one that goes on over lines as one."""
+    found = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
+    return found.replace("\\\n", "").splitlines()
+
+
+TUTORIAL = commands(section("Tutorial: ten minutes"))
+
+
+def test_the_tutorial_is_whole():
+    words = {" ".join(line.split()[:2]) for line in TUTORIAL}
+    assert words >= {
+        f"fedsparse {name}" for name in ("run", "compare", "ablate", "card", "export", "new-plugin")
+    }
+    assert "pip install" in words
+
+
+@pytest.mark.parametrize(
+    "rounds", [pytest.param(2, id="short"), pytest.param(None, id="as printed", marks=pytest.mark.slow)]
+)
+def test_the_tutorial_command_by_command(rounds, tmp_path):
+    """In a new folder, in a shell; `pip install` installs into a folder, from no index. `rounds`: fewer."""
+    programs, site = tmp_path / "bin", tmp_path / "site"
+    paths = os.pathsep.join([str(site), str(ROOT.parent), os.environ.get("PYTHONPATH", "")])
+    offline = "--no-index --no-deps --no-build-isolation"
+    pip = f"-m pip -q --disable-pip-version-check install {offline} --target {shlex.quote(str(site))}"
+    for name, body in {
+        "fedsparse": '-c \'from fedsparse.cli.main import main; main(prog_name="fedsparse")\' "$@"',
+        "pip": f'{pip} "./$3"',
+    }.items():
+        path = programs / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} {body}\n")
+        path.chmod(0o755)
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "regrow.py").write_text(blocks("# regrow.py"))
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": paths,
+        "COLUMNS": "120",
+    }
+    said = ""
+    for line in TUTORIAL:
+        if rounds:
+            line = re.sub(r"federation\.rounds=\d+", f"federation.rounds={rounds}", line)
+            line = line.replace(
+                "plugins --check my_method", "plugins show my_method"
+            )  # as long as all others
+        done = subprocess.run(
+            line, shell=True, cwd=work, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+        assert "Traceback" not in done.stderr
+        said += done.stdout
+    assert (work / "tutorial" / "ablation" / "ablation.csv").is_file()
+    assert (work / "tutorial" / "pffdst" / "export" / "model.packed.safetensors").is_file()
+    mine = json.loads((work / "tutorial" / "mine" / "summary.json").read_text())
+    assert mine["method"] == "my_method"
+    if not rounds:
+        assert re.search(r"my_method: (\d+) of \1 checks passed", said)
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "summary.json"])
+def test_every_figure_of_a_run_is_explained(file, tmp_path):
+    out = tmp_path / "run"
+    sets = ["federation.rounds=1", "federation.local_epochs=1"]
+    arguments = [word for setting in sets for word in ("--set", setting)]
+    done = CliRunner().invoke(main, ["run", "-q", "--plugin", "pffdst", *arguments, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    first, _, second = section("Metrics").partition("`summary.json` is written")
+    table = first if file == "metrics.jsonl" else second
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    explained = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    lacking = set(json.loads((out / file).read_text())) - explained
+    assert not lacking, f"README.md, Metrics: no row of the table of {file} explains {sorted(lacking)}"
 
 
 def test_every_hook_is_listed_with_its_signature():

@@ -228,6 +228,17 @@ def test_the_command_of_a_sound_plugin_succeeds():
     assert "random: 9 of 9 checks passed" in result.stdout
 
 
+def test_the_option_is_the_command(tmp_path):
+    path = tmp_path / "empty.py"
+    path.write_text("PARTS = []\n")
+    results = [CliRunner().invoke(main, ["plugins", *words, str(path)]) for words in (["check"], ["--check"])]
+    assert results[0].output == results[1].output
+    assert results[0].exit_code == results[1].exit_code != 0
+    both = CliRunner().invoke(main, ["plugins", "--check", "rigl", "show", "rigl"])
+    assert both.exit_code == 2
+    assert "give one" in both.output
+
+
 def test_importing_fedsparse_does_not_import_the_battery():
     code = "import sys, fedsparse; assert 'torch' not in sys.modules; fedsparse.testing.checks"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

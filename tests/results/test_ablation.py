@@ -131,7 +131,7 @@ def test_started_again_it_repeats_no_finished_run(tmp_path, cli, monkeypatch):
     told.clear()
     outcome = ablation.carry_out(planned, out, in_process, lambda *said: told.append(said))
     assert not outcome.interrupted
-    assert [remark for _, _, remark in told] == ["finished before", "finished before", "resumed", ""]
+    assert [remark for _, _, remark in told] == ["earlier", "earlier", "resumed", ""]
     assert {name: files(out / name) for name in names(planned)[:2]} == before
     whole = fedsparse.run(
         "pffdst",
@@ -162,7 +162,7 @@ def test_a_run_without_summary_or_checkpoint_is_played_anew_and_no_other(tmp_pat
     done = cli(*SWAP, "--out", "a")
     assert done.exit_code == 0, done.output
     assert [files(folder) for folder in kept] == before
-    assert done.output.count("finished before") == 2
+    assert done.output.count("earlier") == 2
     assert done.output.count("started anew") == 2
     again = (tmp_path / "a" / "ablation.csv").read_text()
 
@@ -224,7 +224,7 @@ def test_a_variant_that_fails_does_not_keep_the_others(tmp_path, cli):
     )
     done = cli(*arguments, "--out", "a")
     assert done.exit_code == 0, done.output
-    assert done.output.count("finished before") == 4
+    assert done.output.count("earlier") == 4
 
 
 def test_each_run_is_shared_by_so_many_workers(tmp_path):

@@ -1,6 +1,7 @@
 """`fedsparse.run` is the command line's run; `Result` reads back what is in its folder."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -86,3 +87,69 @@ def test_a_run_that_did_not_end_is_not_finished(tmp_path):
     assert not Result.load(result.path).finished
     (result.path / "summary.json").unlink()
     assert not Result.load(result.path).finished
+
+
+def comparable(result):
+    return [{**line, "seconds": 0} for line in result.rounds]
+
+
+def test_workers_trackers_and_progress_from_python(tmp_path):
+    alone = fedsparse.run("pffdst", out=tmp_path / "a", **SHORT)
+    seen = []
+    shared = fedsparse.run(
+        "pffdst", out=tmp_path / "b", workers=2, track=["csv"], progress=seen.append, **SHORT
+    )
+    assert comparable(shared) == comparable(alone)
+    assert shared.summary["workers"] == 2
+    assert (tmp_path / "b" / "metrics.csv").read_text().startswith("round,name,value\n")
+    assert [line["round"] for line in seen] == [0, 1, 2, 3]  # told here, though another process plays
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_of_the_callers_own_ends_the_run(tmp_path, workers):
+    def refuse(metrics):
+        raise ValueError(f"enough at {metrics['round']}")
+
+    with pytest.raises(ValueError, match="enough at 0"):
+        fedsparse.run(
+            "fedavg",
+            out=tmp_path / "a",
+            workers=workers,
+            progress=refuse,
+            **{**SHORT, "federation__rounds": 2000},
+        )
+    assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) < 2000
+
+
+def test_an_interrupted_run_goes_on_from_python(tmp_path):
+    whole = fedsparse.run("pffdst", out=tmp_path / "a", **SHORT)
+
+    def interrupt(metrics):
+        if metrics["round"] == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    cut = fedsparse.run("pffdst", out=tmp_path / "b", progress=interrupt, **SHORT)
+    assert not cut.finished
+    assert len(cut.rounds) < 4
+    gone_on = fedsparse.resume(tmp_path / "b")
+    assert gone_on.finished
+    assert comparable(gone_on) == comparable(whole)
+    with pytest.raises(RunError, match="has played all of its 4 rounds"):
+        fedsparse.resume(tmp_path / "b")
+    with pytest.raises(ConfigError, match="no run's folder"):
+        fedsparse.resume(tmp_path)
+
+
+def test_what_python_cannot_ask_for_is_refused(monkeypatch):
+    for workers in (0, True, 1.5, 2000):
+        with pytest.raises(ConfigError, match=r"workers: given .*; allowed: 1 to 1024"):
+            fedsparse.run("fedavg", workers=workers, **SHORT)
+    with pytest.raises(ConfigError, match=r"unknown tracker 'csvv'\. Did you mean 'csv'"):
+        fedsparse.run("fedavg", track="csvv", **SHORT)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    with pytest.raises(RunError, match="has used a GPU and so cannot start workers"):
+        fedsparse.run("fedavg", workers=2, **SHORT)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RunError, match="started by torchrun"):
+        fedsparse.run("fedavg", **SHORT)

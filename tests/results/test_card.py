@@ -156,3 +156,11 @@ def test_card_and_diff_are_quick(swapped):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_parts_name_is_broken_on_a_narrow_screen(swapped, cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    done = cli("card", swapped)
+    parts = Result.load(swapped).config["method"]
+    for slot in ("mask_init", "freeze_policy", "readjust"):
+        assert parts[slot]["use"] in done.output
