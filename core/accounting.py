@@ -24,7 +24,7 @@ def open_ledger(
     macs: Mapping[str, float],
     budget: Callable[[], Budget],
 ) -> Ledger:
-    """A ledger with the method's own formula of bytes; `budget` makes that of round 0, `macs` are one sample's."""
+    """A ledger with the method's own formula of bytes; `budget` makes round 0's, `macs` are one sample's."""
     seed = None
     if getattr(hooks.method.mask_init, "from_key", False):
         if hooks.takes("mask_init", "probe"):
