@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -22,9 +22,9 @@ def open_ledger(
     params: Params,
     buffers: Params,
     macs: Mapping[str, float],
-    budget: Budget,
+    budget: Callable[[], Budget],
 ) -> Ledger:
-    """A ledger with the method's own formula of bytes; `budget` is that of round 0, `macs` of one sample."""
+    """A ledger with the method's own formula of bytes; `budget` makes round 0's, `macs` are one sample's."""
     seed = None
     if getattr(hooks.method.mask_init, "from_key", False):
         if hooks.takes("mask_init", "probe"):
@@ -36,7 +36,7 @@ def open_ledger(
             """The mask as a client draws it, who knows no weights yet."""
             unknown = {name: torch.full_like(p, torch.nan) for name, p in params.items()}
             stream = torch.tensor(key, device=task.device)
-            drawn: Masks = hooks.call("mask_init", dict, params=unknown, budget=budget, key=stream)
+            drawn: Masks = hooks.call("mask_init", dict, params=unknown, budget=budget(), key=stream)
             return drawn
 
         seed = Seed(rng.number(config.seed, "mask_init"), masks)

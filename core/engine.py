@@ -50,8 +50,8 @@ class Engine:
             torch.bfloat16 if execution.precision == "bfloat16" else None,
         )
         macs = forward_macs(task.model, task.dataset.input_shape, self.prunable)
-        model, first = (self.params, self.buffers, macs), self.budget(self.clock(0))
-        self.ledger = open_ledger(self.config, task, self.hooks, *model, first)
+        model = (self.params, self.buffers, macs)
+        self.ledger = open_ledger(self.config, task, self.hooks, *model, lambda: self.budget(self.clock(0)))
         macs_a_sample, parts = sum(macs.values()), (self.hooks, self.loss, self.ledger, self.contracts)
         self.executor, self.why = choose(execution, task, *parts, macs_a_sample)
         self.faults = Faults(self.config.faults, task)

@@ -135,6 +135,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, workers):
     assert summary["signal"] == "SIGINT"
 
 
+@pytest.mark.slow  # torchrun imports all of torch before it starts a process
 def test_torchrun_ends_after_the_round(tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

@@ -5,6 +5,7 @@ import torch
 
 from fedsparse.core import masks, optim
 from fedsparse.core.budget import Budget, Layer
+from fedsparse.core.ledger import HEADER
 from fedsparse.core.loss import ClientLoss
 from fedsparse.core.masks import movable
 from fedsparse.core.state import Batch, Carry
@@ -578,7 +579,8 @@ def test_scaffold_sends_twice_the_values_and_feddyn_nothing_more(make_engine):
             ]
             for name in ("scaffold", "feddyn")
         }
-        assert more["scaffold"] == [3 * 4 * values, 3 * 4 * values * (round_ > 0)]
+        size = 3 * (HEADER + 4 * values)
+        assert more["scaffold"] == [size, size * (round_ > 0)]
         assert more["feddyn"] == [0, 0]
 
 

@@ -20,6 +20,7 @@ from fedsparse.core import activations, masks, optim
 from fedsparse.core.activations import Pruning
 from fedsparse.core.budget import Budget, Layer
 from fedsparse.core.evaluation import evaluate
+from fedsparse.core.ledger import HEADER
 from fedsparse.core.loss import ClientLoss
 from fedsparse.core.schedule import learning_rate
 from fedsparse.core.state import Batch, Carry
@@ -516,7 +517,7 @@ def test_invariant_20_theta_is_sent(make_engine):
 def test_invariant_22_the_first_download_is_dense(make_engine):
     engine = make_engine("sparsyfed", **PLAIN)
     reports = played(engine, 2)
-    dense = 3 * 4 * sum(p.numel() for p in engine.params.values())
+    dense = 3 * (HEADER + 4 * sum(p.numel() for p in engine.params.values()))
     assert reports[0].metrics["download_bytes"] == dense
     assert reports[1].metrics["download_bytes"] < dense / 2
     assert reports[0].metrics["upload_bytes"] < dense / 2

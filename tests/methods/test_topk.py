@@ -5,6 +5,7 @@ import torch
 
 from fedsparse.core import masks
 from fedsparse.core.budget import Budget, Layer
+from fedsparse.core.ledger import HEADER
 from fedsparse.plugins.topk import FullMask, GlobalTopK, PlainMean
 
 PLAIN = {"federation__momentum": 0.0, "federation__learning_rate": 0.3}
@@ -53,7 +54,7 @@ def test_bytes_are_those_of_the_support(make_engine):
     """The first download is dense; what follows is as sparse as what it carries."""
     engine = make_engine("topk", **PLAIN)
     reports = played(engine, 3)
-    dense = 3 * 4 * sum(p.numel() for p in engine.params.values())
+    dense = 3 * (HEADER + 4 * sum(p.numel() for p in engine.params.values()))
     down, up = ([r.metrics[f"{way}_bytes"] for r in reports] for way in ("download", "upload"))
     assert down[0] == dense
     assert max(down[1:]) < dense / 2

@@ -75,7 +75,7 @@ def test_what_is_no_run_is_refused(tmp_path):
     (result.path / "metrics.jsonl").write_text("\n".join(lines[1:]))
     with pytest.raises(RunError, match=r"metrics.jsonl is damaged"):
         Result.load(result.path)
-    (result.path / "metrics.jsonl").write_text(lines[0][:40])
+    (result.path / "metrics.jsonl").write_text(lines[0][:40] + "\n")  # no half line of a kill: it ended
     with pytest.raises(RunError, match=r"cannot read .*metrics.jsonl"):
         Result.load(result.path)
 
