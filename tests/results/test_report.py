@@ -290,7 +290,7 @@ def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(cli, tmp_path):
     shutil.move("cut/checkpoint.old", "cut/checkpoint")  # as if killed after round 6 of 7, while it wrote
     with open("cut/masks/00007.npz", "wb") as file:
         file.write(b"half")
-    with open("cut/masks/00007.new", "wb") as file:
+    with open("cut/masks/00007.npz.new", "wb") as file:
         file.write(b"half")
     done = cli("resume", "cut", "-q")
     assert done.exit_code == 0, done.output
