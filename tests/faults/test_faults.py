@@ -239,14 +239,15 @@ def test_a_client_that_cannot_be_sent_is_dropped_as_well(make_engine, kind):
         engine = make_engine("scaffold", **changes, **more, execution__executor=kind, execution__chunk=3)
         epoch = engine.executor.epoch
         engine.executor.epoch = lambda number, clock: [
-            batch._replace(inputs=batch.inputs * (1e3 if number == 1 else 1)) for batch in epoch(number, clock)
+            batch._replace(inputs=batch.inputs * (1e3 if number == 1 else 1))
+            for batch in epoch(number, clock)
         ]
         return engine
 
     reports = play(loud(faults__non_finite="drop"))
     assert [report.metrics["lost"] for report in reports] == [{"non_finite": [1]}] * 2
     assert sorted(reports[-1].state.rows) == [0, 2]
-    with pytest.raises(RunError, match="round 0, upload of client 1: .* float16 ends at 65504"):
+    with pytest.raises(RunError, match=r"round 0, upload of client 1: .* float16 ends at 65504"):
         play(loud())
 
 
