@@ -10,7 +10,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .disk import writing
 from .errors import RunError
 from .hookspecs import SLOTS
 from .resolve import Resolved
-from .state import ServerState, moved_to
+from .state import Params, ServerState, moved_to
 from .tracking import versions
 
 FORMAT = 3
@@ -106,6 +106,30 @@ def load(
         return _read(sources[1], made_by, device)
 
 
+def check(state: ServerState, params: Params, buffers: Params, masked: Iterable[str]) -> None:
+    """Raises RunError unless the state is one of this model, whose `masked` parameters have masks."""
+    flags = {name: torch.empty(params[name].shape, dtype=torch.bool, device="meta") for name in masked}
+    others = {name: torch.empty(p.shape, dtype=torch.bool, device="meta") for name, p in params.items()}
+    for what, given, wanted, allowed in (
+        ("parameter", state.params, params, params),
+        ("buffer", state.buffers, buffers, buffers),
+        ("mask", state.mask, flags, flags),
+        ("frozen set", state.frozen, flags, others),
+    ):
+        if not isinstance(given, dict):
+            raise RunError(f"it has no {what}s")
+        for name in {**wanted, **given}:
+            like, got = allowed.get(name), given.get(name)
+            if like is None or not isinstance(got, Tensor) or _form(got) != _form(like):
+                raise RunError(f"its {what} {name!r} is not one of this run's model")
+    if not isinstance(state.memory, dict):
+        raise RunError("it has no memory")
+
+
+def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
 class DamagedError(RunError):
     """A checkpoint that cannot be read."""
 
@@ -129,6 +153,8 @@ def _read(
                 f"{source} was made by another run: {'; '.join(different)}. Go on with what made it, or "
                 "start anew"
             )
+        if type(plain["round"]) is not int or plain["round"] < 0:
+            raise ValueError(f"its round is {plain['round']!r}")
         state = _join(plain["state"], tensors)
         rows = {int(client): row for client, row in state.pop("rows").items()}
         ledger: dict[str, Any] = state.pop("ledger")  # it and the rows rest on the host

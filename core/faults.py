@@ -10,6 +10,7 @@ with one seed lose the same clients, whatever the executor and the number of wor
 | "upload_failure" | it trained and sent, and nothing arrived | all that one which reports is charged |
 | "non_finite" | its loss or model became NaN or infinite, and it gave up | download, FLOPs until then |
 
+A model counts as infinite, too, where it would be sent as such: beyond float16, if `ledger.values` says so.
 None of them keeps anything of the round: its row is that of its last report. It does hold what it downloaded.
 A paper's own formula counts a client's whole round, so it is charged to who uploads.
 """

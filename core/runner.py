@@ -50,7 +50,11 @@ def run(
     engine.workers.wait()  # nobody writes before all have looked
     if resume and out is not None:
         state, ledger = checkpoint.load(out / "checkpoint", made_by, engine.task.device, say)
-        engine.ledger.load_state(ledger)
+        try:
+            checkpoint.check(state, engine.params, engine.buffers, engine.prunable)
+            engine.ledger.load_state(ledger)
+        except RunError as error:
+            raise RunError(f"cannot read the checkpoint {out / 'checkpoint'}: {error}") from error
         if state.round >= resolved.config.federation.rounds and finished(out):
             raise RunError(f"the run in {out} has played all of its {state.round} rounds")
     else:

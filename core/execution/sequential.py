@@ -11,7 +11,7 @@ from .. import masks, rng
 from ..state import Batch, Clock
 from .exchange import Plan, Uploads
 from .step import Given
-from .training import Client, Executor, apart, cleared, finite
+from .training import Client, Executor, apart, cleared
 
 
 class Sequential(Executor):
@@ -43,9 +43,9 @@ class Sequential(Executor):
             batches = following
             self.steps(plan, group, clock, batches)
             if plan.drop_non_finite:
-                sound = [self.sound(plan, client, clock, uploads) for client in group]
-                group = [client for client, good in zip(group, sound, strict=True) if good]
-                batches = [own for own, good in zip(batches, sound, strict=True) if good]
+                kept = [self.goes_on(plan, client, clock, uploads) for client in group]
+                group = [client for client, good in zip(group, kept, strict=True) if good]
+                batches = [own for own, good in zip(batches, kept, strict=True) if good]
                 if not group:
                     break
         for client in group:
@@ -58,10 +58,10 @@ class Sequential(Executor):
                 self.add_score(plan, client, own, uploads)
         return group
 
-    def sound(self, plan: Plan, client: Client, clock: Clock, uploads: Uploads) -> bool:
+    def goes_on(self, plan: Plan, client: Client, clock: Clock, uploads: Uploads) -> bool:
         """Whether loss and model are finite after an epoch; a client that says no has given up."""
-        tensors = (*client.params.values(), *client.carry.buffers.values(), client.measured.metrics["loss"])
-        if finite(*(tensor[None] for tensor in tensors)):
+        model = (*client.params.values(), *client.carry.buffers.values())
+        if self.sound((t[None] for t in model), client.measured.metrics["loss"][None]):
             return True
         self.give_up(plan, client, clock, uploads)
         return False
@@ -130,8 +130,10 @@ class Sequential(Executor):
         weight = torch.tensor(
             float(len(self.task.partition.train_of(client.number))), device=self.task.device
         )
-        leaving, weight = self.leaving(plan, client, weight, self.upload_key(plan, client.number))
-        self.check_leaving(plan, leaving.params, client.mask)
+        leaving = client
+        if self.hooks.has_extra("upload"):
+            leaving, weight = self.leaving(plan, client, weight, self.upload_key(plan, client.number))
+            self.check_leaving(plan, leaving.params, client.mask)
         arrived = self.arrive(leaving)
         contribution = self.beside(arrived, self.contribution(plan, arrived, weight))
         if self.contracts:

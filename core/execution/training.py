@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +16,7 @@ from ..compose import Hooks
 from ..contracts import Contracts, versions
 from ..dropout import drops
 from ..errors import RunError
-from ..ledger import Ledger
+from ..ledger import Ledger, on_wire
 from ..loss import ClientLoss, ModelLoss
 from ..memory import out_of_memory
 from ..state import (
@@ -250,6 +250,10 @@ class Executor(ABC):
             bound = {n: m for n, m in mask.items() if n in plan.trainable or m is not state.mask[n]}
             frozen = {n: f for n, f in state.frozen.items() if n in plan.trainable}
             self.contracts.values(where, params, bound, frozen, state.params)
+
+    def sound(self, model: Iterable[Tensor], loss: Tensor) -> Tensor:
+        """Whether loss and model are finite, as in `finite`; the model as it would be sent."""
+        return finite(*(t.to(on_wire(t.dtype, self.ledger.values)) for t in model), loss)
 
     def give_up(self, plan: Plan, client: Client, clock: Clock, uploads: Uploads) -> None:
         """Charges a client that became NaN or infinite in this epoch, and drops it."""

@@ -23,7 +23,7 @@ from ..memory import out_of_memory
 from ..state import Batch, Carry, Clock, Masks, Params, Scores
 from .exchange import Plan, Totals, Uploads
 from .step import IGNORED, Given, Step, filled, stacked
-from .training import Client, Executor, apart, cleared, finite
+from .training import Client, Executor, apart, cleared
 
 
 @dataclass
@@ -160,8 +160,8 @@ class Vectorised(Executor):
 
     def unsound(self, plan: Plan, chunk: Chunk, clock: Clock, uploads: Uploads) -> set[int]:
         """Places of clients whose loss or model is not finite after an epoch; they have given up."""
-        tensors = (*chunk.params.values(), *chunk.carry.buffers.values(), chunk.measured["loss"])
-        lost = {at for at, good in enumerate(finite(*tensors).tolist()) if not good}
+        sound = self.sound((*chunk.params.values(), *chunk.carry.buffers.values()), chunk.measured["loss"])
+        lost = {at for at, good in enumerate(sound.tolist()) if not good}
         for at in sorted(lost):
             self.give_up(plan, chunk.clients[at], clock, uploads)
         return lost
@@ -298,9 +298,10 @@ class Vectorised(Executor):
         made = torch.func.vmap(one, in_dims=(0, owned, 0, 0))(
             arrived.params, arrived.mask, arrived.carry, weights
         )
-        if any(name.startswith("extra/") for name in made):
-            each = [self.beside(arrived.one(at), _pick(made, at)) for at in range(len(sizes))]
-            made = _stacked_as(made, each)
+        extra = {name: value for name, value in made.items() if name.startswith("extra/")}
+        if extra:
+            each = [self.beside(arrived.one(at), _pick(extra, at)) for at in range(len(sizes))]
+            made |= _stacked_as(extra, each)
         chunk.received, chunk.contributions = arrived.carry.buffers, made
         if not self.hooks.gathered:
             chunk.sums = {name: value.sum(0, dtype=torch.float64) for name, value in made.items()}
@@ -324,21 +325,23 @@ class Vectorised(Executor):
 
     def upload(self, plan: Plan, chunk: Chunk, uploads: Uploads) -> None:
         """Adds the clients' contributions and buffers, charges their training, and keeps their rows."""
-        each = [_pick(chunk.contributions, at) for at in range(len(chunk.clients))]
+        made = chunk.contributions
         if self.contracts:
-            self.contracts.summed(self.hooks.where("contribute"), each[0], uploads.before())
+            self.contracts.summed(self.hooks.where("contribute"), _pick(made, 0), uploads.before())
         if uploads.gathered:
-            for client, own in zip(chunk.clients, each, strict=True):
-                uploads.contribute(client.number, own)
+            for at, client in enumerate(chunk.clients):
+                uploads.contribute(client.number, _pick(made, at))
         else:
-            uploads.dtypes |= {name: value.dtype for name, value in each[0].items()}
+            uploads.dtypes |= {name: value.dtype for name, value in made.items()}
             uploads.add(uploads.sums, chunk.sums)
         if plan.drop_non_finite:
             uploads.add(uploads.metrics, {name: value.sum() for name, value in chunk.measured.items()})
             samples = sum(len(self.task.partition.train_of(client.number)) for client in chunk.clients)
             uploads.steps_weight += samples * self.task.federation.local_epochs
-        for at in range(len(chunk.clients)):
-            self.account(plan, chunk.one(at), _pick(chunk.received, at), uploads)
+        keeps = self.hooks.get("client_final") is not None
+        for at, client in enumerate(chunk.clients):
+            own = chunk.one(at) if keeps else client
+            self.account(plan, own, _pick(chunk.received, at), uploads)
 
 
 def _pick(tensors: Params, at: int) -> Params:

@@ -20,7 +20,7 @@ from .messages import (
     unpack,
     unpack_beside,
 )
-from .values import TYPES, rounded
+from .values import TYPES, on_wire, rounded
 
 __all__ = [
     "HEADER",
@@ -47,6 +47,7 @@ __all__ = [
     "masks_size",
     "measure",
     "message_size",
+    "on_wire",
     "pack",
     "pack_beside",
     "paper_bytes",

@@ -385,16 +385,26 @@ class Ledger:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state()` of a ledger with the same templates."""
-        self._index = state["index"]
-        self.round, self.total = Tally(), Tally(*state["total"])
-        mask_version, frozen_version = state["version"]
-        self._version = (mask_version, frozen_version)
-        self._held = {c: (held[0], held[1]) for c, held in zip(state["clients"], state["held"], strict=True)}
-        self._mask, self._frozen, self._before = (
-            self._load(state[key]) for key in ("mask", "frozen", "before")
-        )
-        self._seeded, self._still = state["seeded"], dict(state["still"])
+        """Continue from `state()` of a ledger with the same templates. RunError if it is none."""
+        try:
+            numbers = [*state["total"], state["index"], state["seeded"], *state["version"], *state["clients"]]
+            if any(type(n) not in (int, float) for each in (numbers, *state["held"]) for n in each):
+                raise TypeError("a number is none")
+            held = [(mask, frozen) for mask, frozen in state["held"]]
+            self._index, self._seeded = state["index"], state["seeded"]
+            self.round, self.total = Tally(), Tally(*state["total"])
+            mask_version, frozen_version = state["version"]
+            self._version = (mask_version, frozen_version)
+            self._held = dict(zip(state["clients"], held, strict=True))
+            self._mask, self._frozen, self._before = (
+                self._load(state[key]) for key in ("mask", "frozen", "before")
+            )
+            still = {name: state["still"][name] for name in (self._frozen or {}) if state["still"]}
+            if any(not isinstance(value, Tensor) for value in still.values()):
+                raise TypeError("a frozen value is none")
+            self._still = still
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise RunError(f"its ledger is damaged: {type(error).__name__} {error}") from error
         self._downloaded, self._prices, self._model = {}, None, None
 
     def _label(self, way: str, client: int | None = None) -> str:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from fedsparse.core import checkpoint
 from fedsparse.core.errors import RunError
 from fedsparse.core.packing import load_model, save_model
+from fedsparse.core.runner import run
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,56 @@ def test_forged_checkpoints_are_refused_without_memory(saved, tmp_path):
             checkpoint.load(folder, {})
     assert tracemalloc.get_traced_memory()[1] < 50_000_000
     tracemalloc.stop()
+
+
+def places(value, path=()):
+    """Paths of everything in nested tables and lists."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield (*path, name)
+        yield from places(item, (*path, name))
+
+
+def test_a_forged_state_or_ledger_is_refused_before_the_first_round(saved, make_engine, tmp_path):
+    """Of other types, or without an entry, under sums that fit: read whole, or refused."""
+    text, chance = (saved / "2" / "state.json").read_text(), random.Random(7)
+    engine, folder, refused = make_engine("scaffold", federation__rounds=2), tmp_path / "c", 0
+    shutil.copytree(saved / "2", folder)
+    ours = [p for p in places(json.loads(text)) if p[0] == "round" or not {"memory", "rows"} & set(p[:3])]
+    for _ in range(300):
+        plain, path = json.loads(text), chance.choice(ours)
+        node = plain
+        for name in path[:-1]:
+            node = node[name]
+        if chance.random() < 0.3:
+            del node[path[-1]]
+        else:
+            node[path[-1]] = chance.choice([None, "x", -1, 10**30, [], {}, {"plain": 3}, [1, 2], "params"])
+        (folder / "state.json").write_text(json.dumps(plain))
+        reseal(folder)
+        try:
+            state, ledger = checkpoint.load(folder, {})
+            checkpoint.check(state, engine.params, engine.buffers, engine.prunable)
+            engine.ledger.load_state(ledger)
+        except RunError:
+            refused += 1
+    assert refused > 200
+
+
+def test_a_resumed_run_names_the_checkpoint_whose_state_is_none(make_resolved, tmp_path):
+    made = make_resolved("fedavg", federation__rounds=2, output__checkpoint_every=1)
+    run(made, out=tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoint"
+    text = (folder / "state.json").read_text()
+    for old, new, said in [
+        ('"seeded": {"plain": -1}', '"seeded": {"plain": "x"}', "its ledger is damaged: TypeError "),
+        ('{"tensor": "/mask/fc1.weight"}', '{"tensor": "/mask/fc2.weight"}', "its mask 'fc1.weight' is not"),
+    ]:
+        assert old in text
+        (folder / "state.json").write_text(text.replace(old, new))
+        reseal(folder)
+        with pytest.raises(RunError, match=f"^cannot read the checkpoint {folder}: {said}"):
+            run(made, out=tmp_path / "run", resume=True)
 
 
 def test_a_model_file_with_a_flipped_bit_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Contributions that stay apart: one stack from every executor and worker; parts that are robust."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -204,16 +205,16 @@ def hostile(make_engine, swap):
         execution__executor="sequential",
         sparsity__target=0.5,
     )
-    leaving = engine.executor.leaving
+    contribution = engine.executor.contribution
 
-    def attacked(plan, client, weight, key):
-        sent, weight = leaving(plan, client, weight, key)
+    def attacked(plan, client, weight):
         if client.number == 3:
             anchor = plan.state.params
-            sent.params = {name: anchor[name] + 1e6 * (p - anchor[name]) for name, p in sent.params.items()}
-        return sent, weight
+            away = {name: anchor[name] + 1e6 * (p - anchor[name]) for name, p in client.params.items()}
+            client = replace(client, params=away)
+        return contribution(plan, client, weight)
 
-    engine.executor.leaving = attacked
+    engine.executor.contribution = attacked
     state: ServerState = engine.start()
     for _ in range(engine.config.federation.rounds):
         try:

@@ -230,6 +230,27 @@ def test_a_client_that_is_sampled_twice_is_lost_twice(make_engine):
     assert_same(runs[0][-1], runs[1][-1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_client_that_cannot_be_sent_is_dropped_as_well(make_engine, kind):
+    """Finite where it trains, but beyond the range of the 2-byte values in which it would be sent."""
+    changes = {"federation__rounds": 2, "federation__clients": 3, "ledger__values": "float16"}
+
+    def loud(**more):
+        engine = make_engine("scaffold", **changes, **more, execution__executor=kind, execution__chunk=3)
+        epoch = engine.executor.epoch
+        engine.executor.epoch = lambda number, clock: [
+            batch._replace(inputs=batch.inputs * (1e3 if number == 1 else 1))
+            for batch in epoch(number, clock)
+        ]
+        return engine
+
+    reports = play(loud(faults__non_finite="drop"))
+    assert [report.metrics["lost"] for report in reports] == [{"non_finite": [1]}] * 2
+    assert sorted(reports[-1].state.rows) == [0, 2]
+    with pytest.raises(RunError, match=r"round 0, upload of client 1: .* float16 ends at 65504"):
+        play(loud())
+
+
 def test_all_clients_of_nan_leave_the_model(make_engine):
     for kind in KINDS:
         engine = make_engine(faults__non_finite="drop", federation__rounds=2, execution__executor=kind)

@@ -56,6 +56,31 @@ def test_a_chunk_is_halved_and_the_round_is_that_of_smaller_chunks(make_engine, 
     assert "1 at once from now on" in said[1]
 
 
+@pytest.mark.parametrize(("plugin", "swaps"), [("scaffold", ()), ("feddst", ("aggregate=median",))])
+def test_halving_beside_everything_else(make_engine, monkeypatch, plugin, swaps):
+    """Noise, 2-byte values, decoded messages, lost clients, one sampled twice: as in smaller chunks."""
+    noise = "method__extras__GaussianMechanism__"
+    changes = {
+        **CHUNK,
+        "federation__rounds": 3,
+        "federation__replacement": True,
+        "ledger__encode": True,
+        "ledger__values": "float16",
+        "faults__upload_failure": 0.3,
+        "faults__non_finite": "drop",
+        f"{noise}accounting": "off",
+        f"{noise}noise_multiplier": 0.1,
+    }
+    state, metrics = last(make_engine(plugin, swaps, ("privacy",), execution__chunk=1, **changes))
+    tried = bounded(monkeypatch, 1)
+    again, others = last(make_engine(plugin, swaps, ("privacy",), execution__chunk=6, **changes))
+    assert max(tried) > 1
+    assert metrics["lost"]
+    assert others == metrics
+    assert all(torch.equal(again.params[name], value) for name, value in state.params.items())
+    assert again.rows.keys() == state.rows.keys()
+
+
 def test_one_client_that_does_not_fit_ends_the_run_with_what_to_change(make_resolved, tmp_path, monkeypatch):
     bounded(monkeypatch, 0)
     made, said = make_resolved("fedavg", **CHUNK), []
