@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import signal
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from ..core import ablation
 from ..core.ablation import Interval, Plan, Row, Spread, Trial
+from ..core.disk import replace
 from ..core.engine import Engine
 from ..core.errors import RunError
 from ..core.execution import workers
@@ -30,20 +32,23 @@ WIDEST = 1000  # of a table, in characters
 MEGABYTE = 1e6
 
 
-def ablate(plan: Plan, out: Path, count: int, quiet: bool) -> bool:
-    """Plays an ablation with so many workers, shows and writes its table; whether Ctrl-C ended it.
+def ablate(plan: Plan, out: Path, count: int, quiet: bool) -> signal.Signals | None:
+    """Plays an ablation with so many workers, shows and writes its table; the signal that ended it, if any.
 
     Raises RunError at the end if runs failed.
     """
     if workers.started_by_launcher():
         raise RunError("ablate starts its own workers: run it without torchrun, with --workers N")
     console = Console(highlight=False)
-    lines = _Lines(console, plan, quiet)
+    lines, ended = _Lines(console, plan, quiet), signal.SIGINT
 
     def play(trial: Trial, folder: Path, resume: bool) -> bool:
+        nonlocal ended
         view = _Bar(console, "" if quiet else lines.name(trial))
         result = play_run(trial.resolved, folder, view, count, resume)
-        return result is None or bool(result.summary["interrupted"])
+        assert result is not None  # the first of its workers
+        ended = signal.Signals[result.summary.get("signal", ended.name)]
+        return bool(result.summary["interrupted"])
 
     outcome = ablation.carry_out(plan, out, play, lines.tell, lambda: lines.begin(plan))
     if outcome.interrupted:
@@ -54,7 +59,7 @@ def ablate(plan: Plan, out: Path, count: int, quiet: bool) -> bool:
             soft_wrap=True,
             markup=False,
         )
-        return True
+        return ended
     rows = ablation.table(plan, out)
     if rows:
         show(console, plan, rows)
@@ -64,7 +69,7 @@ def ablate(plan: Plan, out: Path, count: int, quiet: bool) -> bool:
         said = "".join(f"\n  {out / name}: {why}" for name, why in outcome.failed.items())
         number = f"{len(outcome.failed)} of {len(plan.trials)} runs"
         raise RunError(f"{number} failed; the same command tries them again:{said}")
-    return False
+    return None
 
 
 class _Lines:
@@ -199,7 +204,11 @@ def _table(
 
 
 def write(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
-    """The table as CSV, in full digits; bytes, FLOPs and seconds are means a run."""
+    """The table as CSV, in full digits; bytes, FLOPs and seconds are means a run. Raises DiskError."""
+    replace(path, lambda fresh: _write(fresh, plan, rows))
+
+
+def _write(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
     names = list(rows[0].figures)
     with path.open("w", encoding="utf-8", newline="") as file:
         lines = csv.writer(file)

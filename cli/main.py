@@ -340,8 +340,8 @@ def ablate(
         metric=metric,
         registry=chosen.registry,
     )
-    if played(planned, out, workers, quiet):
-        sys.exit(INTERRUPTED)
+    if ended := played(planned, out, workers, quiet):
+        sys.exit(128 + ended)  # as shells report it
 
 
 @main.command()

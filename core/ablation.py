@@ -382,6 +382,7 @@ def carry_out(
 @contextmanager
 def held(plan: Plan, out: Path) -> Iterator[None]:
     """Keeps other ablations out of the folder, which gets the plan. Raises RunError if it has another one."""
+    from .disk import writing
     from .folders import refuse_taken
 
     path = out / PLAN
@@ -395,8 +396,8 @@ def held(plan: Plan, out: Path) -> Iterator[None]:
     with file:
         _lock(file, out)
         if [*out.iterdir()] == [path]:  # a plan of which nothing began binds nobody
-            file.truncate(0)
-            file.write(json.dumps(plan.record(), indent=1) + "\n")
+            with writing(path):
+                path.write_text(json.dumps(plan.record(), indent=1) + "\n", encoding="utf-8")
         file.seek(0)
         try:
             there = json.load(file)
@@ -458,8 +459,7 @@ def state_of(folder: Path, resolved: Resolved) -> str:
         return "finished"
     checkpoints = (folder / name / "state.json" for name in ("checkpoint", "checkpoint.old"))
     reached = next((_json(path).get("round") for path in checkpoints if path.exists()), None)
-    # a run that ended between its last round and its summary has no round to go on with
-    return "anew" if reached is None or reached >= resolved.config.federation.rounds else "resume"
+    return "anew" if reached is None else "resume"
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ class Result:
     def load(cls, path: str | Path) -> Result:
         """Reads a run's folder. Raises RunError if it is none, or is damaged."""
         path = Path(path)
-        if not (path / "config.toml").is_file() or not (path / "metrics.jsonl").is_file():
+        # not Path's, which raises for a name that is too long and a folder that is not to be looked into
+        if not all(os.path.isfile(path / name) for name in ("config.toml", "metrics.jsonl")):
             raise RunError(f"{path} is no run: a run's folder holds config.toml and metrics.jsonl")
         reading = path / "config.toml"
         try:

@@ -66,7 +66,13 @@ class RunFolder:
         made = False
         try:
             if path is not None and resume_at is not None:
-                self._go_on(path, resume_at)
+                self.path = path
+                self._hold()
+                try:
+                    self._go_on(path, resume_at)
+                except BaseException:
+                    self._held.close()  # the same process may try again
+                    raise
                 return
             if path is None:
                 path = _make_free(resolved)
@@ -79,7 +85,11 @@ class RunFolder:
                 made = True
                 file.write(resolved.toml(provenance=True))
             self._hold()
-            self._metrics = (path / "metrics.jsonl").open("x", encoding="utf-8")
+            try:
+                self._metrics = (path / "metrics.jsonl").open("x", encoding="utf-8")
+            except OSError:
+                self._held.close()
+                raise
         except (OSError, ValueError) as error:
             if path is not None and made:  # the same command works when there is space
                 (path / "config.toml").unlink(missing_ok=True)
@@ -87,15 +97,12 @@ class RunFolder:
 
     def _go_on(self, path: Path, round_: int) -> None:
         """Opens a folder again; lines of rounds that the checkpoint does not know are played anew."""
-        self.path = path
-        self._hold()
         try:
             lines = (path / "metrics.jsonl").read_bytes().splitlines()[:round_]  # a later one may be half
             kept = [json.loads(line) for line in lines]
         except (OSError, ValueError) as error:
             raise RunError(f"cannot read {path / 'metrics.jsonl'}: {error}") from None
         if [line.get("round") for line in kept] != list(range(round_)):
-            self._held.close()
             raise RunError(f"{path / 'metrics.jsonl'} lacks rounds that the checkpoint has; it is damaged")
         for log in path.glob("error*.log"):
             log.unlink()

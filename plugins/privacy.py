@@ -13,13 +13,15 @@ promise is for who sees the models, the masks made from them, and ε. It takes a
 (secure aggregation) and does not tell who was sampled. Clients that fail cost noise; ε then says so, if they
 failed for reasons other than their data. Clients count alike: weights by samples would break the bound.
 
-What is not covered: test data, on which accuracies are measured; `metrics.jsonl` (losses, who was sampled,
-counts of samples and bytes), which is the experimenter's; the choice of hyper-parameters. This is a
-simulation: noise is drawn in float32 from keyed streams, so whoever knows the seed can take it away. Methods
-that let more than the noisy sum out are refused with what to change: masks or scores that clients choose by
-their data, a first mask from gradients of their data, other aggregations than means, buffers (BatchNorm's
-running statistics), sampling with replacement. `accounting = "off"` adds the noise to any method, weighs
-clients as the method does, and promises nothing.
+What is not covered: test data, on which accuracies are measured and by which a freeze policy may go back to
+the best model ("released" of `pffdst`); that a run whose client diverges ends; `metrics.jsonl` (losses, who
+was sampled, counts of samples and bytes), which is the experimenter's; the choice of hyper-parameters. This
+is a simulation: noise is drawn in float32 from keyed streams, so whoever knows the seed can take it away.
+Methods that let more than the noisy sum out are refused with what to change: masks or scores that clients
+choose by their data, a first mask from gradients of their data, other aggregations than means, buffers
+(BatchNorm's running statistics), sampling with replacement, uploads that a 16-bit wire rounds after the
+noise. `accounting = "off"` adds the noise to any method, weighs clients as the method does, and promises
+nothing.
 
 Fidelity: McMahan et al. draw the cohort by Poisson sampling and clip per layer or whole; here it has a fixed
 size, and clipping is whole. On the server their noise is added once, here by the clients in shares; the sum
@@ -28,10 +30,10 @@ is the same. Values off the mask and frozen ones are neither clipped nor noised,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -75,10 +77,11 @@ class GaussianMechanism(Part):
         free = masks.movable(mask, frozen)
         update = masks.apply({name: p - anchor[name] for name, p in params.items()}, free)
         norm = torch.stack([u.double().square().sum() for u in update.values()]).sum().sqrt()
-        scale = (self.clip / norm.clamp(min=self.clip)).to(torch.float64)
+        whole = norm.isfinite()  # what diverged has no direction, and would be seen: it counts as no update
+        scale = torch.where(whole, self.clip / norm.clamp(min=self.clip), 0.0)
         sent = {}
         for name, u in update.items():
-            moved = anchor[name] + (scale * u).to(u.dtype)
+            moved = anchor[name] + (scale * torch.where(whole, u, 0.0)).to(u.dtype)
             if self.noise_multiplier > 0:
                 share = self.noise_multiplier * self.clip / cohort**0.5
                 moved = moved + share * rng.normal(rng.fold(key, name), u.shape).to(u.dtype)
@@ -113,7 +116,7 @@ class GaussianMechanism(Part):
         return found
 
 
-def leaks(method: Method, config: RunConfig, buffers: Any) -> list[tuple[str, str]]:
+def leaks(method: Method, config: RunConfig, buffers: tuple[str, ...] | None) -> Iterator[tuple[str, str]]:
     """What lets more out than the noisy sum, each with what to change."""
     given = config.method
     readjust, aggregate, first = (
@@ -124,42 +127,33 @@ def leaks(method: Method, config: RunConfig, buffers: Any) -> list[tuple[str, st
             (method.mask_init, given.mask_init),
         )
     )
-    found = []
+    scored = "score" in readjust.takes("readjust")
+    chosen = "readjust" in readjust.hooks() and getattr(method.readjust, "site", "") == "client"
+    last = [type(part) for part in method.parts() if "upload" in part.hooks()][-1]
     if "probe" in first.takes("mask_init"):
-        found.append(
-            (
-                f"{first.__name__} gets clients' data for the first mask",
-                "swap mask_init, as by fedavg or random",
-            )
+        yield (
+            f"{first.__name__} gets clients' data for the first mask",
+            "swap mask_init, as by fedavg or random",
         )
-    if "score" in readjust.takes("readjust"):
-        found.append(
-            (f"{readjust.__name__} collects growth scores without noise", "swap readjust, as by set")
-        )
-    elif "readjust" in readjust.hooks() and getattr(method.readjust, "site", "") == "client":
-        found.append(
-            (
-                f"{readjust.__name__} lets clients choose masks by their data",
-                "swap readjust, as by set or pffdst",
-            )
-        )
-    if not getattr(aggregate, "linear", False):
-        found.append(
-            (f"{aggregate.__name__} sees more than the sum of the updates", "swap aggregate, as by fedavg")
-        )
-    for name, value in (("deadline", config.faults.deadline), ("non_finite", config.faults.non_finite)):
-        if value not in (None, "stop"):
-            found.append(
-                (
-                    f"faults.{name} = {value!r} loses clients by their data",
-                    f"leave faults.{name} at its default",
-                )
-            )
+    if scored:
+        yield f"{readjust.__name__} collects growth scores without noise", "swap readjust, as by set"
+    elif chosen:
+        change = "swap readjust, as by set or pffdst"
+        yield f"{readjust.__name__} lets clients choose masks by their data", change
+    if not vars(aggregate).get("linear", False):  # of its own contributions: inherited ones can be changed
+        yield f"{aggregate.__name__} sees more than the sum of the updates", "swap aggregate, as by fedavg"
+    if last is not GaussianMechanism:
+        yield f"{last.__name__} changes uploads after the noise", "list its plugin before this one"
+    if (values := config.ledger.values) != "float32":
+        yield f"ledger.values = {values!r} rounds uploads after the noise", "set ledger.values=float32"
+    for name, default in (("deadline", None), ("non_finite", "stop")):
+        if (value := getattr(config.faults, name)) != default:
+            change = f"leave faults.{name} at its default"
+            yield f"faults.{name} = {value!r} loses clients by their data", change
     if config.federation.replacement:
-        found.append(("a client can be sampled twice a round", "set federation.replacement=false"))
+        yield "a client can be sampled twice a round", "set federation.replacement=false"
     if buffers:
-        found.append((f"the model's buffers are sent without noise ({buffers[0]}, …)", "use a model without"))
-    return found
+        yield f"the model's buffers are sent without noise ({buffers[0]}, …)", "use a model without"
 
 
 def epsilon(

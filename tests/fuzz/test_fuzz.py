@@ -136,6 +136,14 @@ def test_a_summary_that_is_no_table(runs, command):
     assert "summary.json is damaged" in result.stderr
 
 
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_a_run_whose_name_no_folder_can_have(runs, command, tmp_path):
+    words = [command, str(runs[0]), "[" * 400, *(["--out", str(tmp_path)] if command == "report" else [])]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1
+    assert "is no run" in result.stderr
+
+
 def test_a_batch_larger_than_all_data_takes_no_more_memory_than_the_data(tmp_path):
     sets = [*SMALL, "federation.batch_size=2000000000", "execution.executor=graph"]
     words = ["run", *(word for setting in sets for word in ("--set", setting)), "--out", str(tmp_path / "r")]

@@ -8,7 +8,9 @@ import sys
 import time
 
 import pytest
+from click.testing import CliRunner
 
+from fedsparse.cli.main import main
 from fedsparse.core import ending, runner
 from fedsparse.core.errors import RunError
 from fedsparse.core.execution.workers import join, launch, leave
@@ -63,18 +65,37 @@ def workers_of(run):
         return [int(pid) for pid in file.read().split()]
 
 
-def test_sigterm_ends_after_the_round_with_a_checkpoint(tmp_path):
-    run = started(tmp_path)
-    run.send_signal(signal.SIGTERM)
-    out, error = run.communicate(timeout=60)
-    assert run.returncode == 143, error
-    assert "SIGTERM: ending after this round" in out
-    assert "Traceback" not in error
-    assert saved(tmp_path)["signal"] == "SIGTERM"
+ENDS = """
+import os
+import signal
+from fedsparse import Method, Part, hookimpl
+
+class Ends(Part):
+    @hookimpl
+    def on_round_end(self, report):
+        if report.metrics["round"] == 0:
+            os.kill(os.getpid(), signal.SIGNAL)
+
+METHOD = Method("ends", extras=(Ends(),))
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_ends_after_the_round_with_a_checkpoint(tmp_path, monkeypatch, name, status):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ends.py").write_text(ENDS.replace("SIGNAL", name))
+    made = CliRunner().invoke(main, [*TRAIN, "--plugin", "./ends.py"])
+    assert made.exit_code == status, made.stderr
+    assert f"{name}: ending after this round" in made.output
+    assert saved(tmp_path)["signal"] == name
+    ablation = ["ablate", *TRAIN[1:-1], "a", "--plugin", "./ends.py", "--grid", "sparsity.target=0.5"]
+    made = CliRunner().invoke(main, ablation)
+    assert made.exit_code == status, made.stderr
+    assert "Interrupted; 0 of 3 runs are finished" in made.output
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads children from /proc")
-@pytest.mark.parametrize("whom", ["launcher", "worker", "group"])
+@pytest.mark.parametrize("whom", ["launcher", "worker", pytest.param("group", marks=pytest.mark.slow)])
 def test_sigterm_ends_all_workers_after_the_round(tmp_path, whom):
     run = started(tmp_path, "--workers", "2")
     pids = workers_of(run)
@@ -116,7 +137,7 @@ METHOD = Method("slow", extras=(Slow(),))
 """
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_second_ctrl_c_ends_at_once(tmp_path, workers):
     (tmp_path / "slow.py").write_text(SLOW)
     run = started(tmp_path, "--plugin", "./slow.py", "--workers", workers)
@@ -166,6 +187,18 @@ def test_sigterm_twice_is_one_request(make_resolved, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
     assert ending.asked[0] == signal.SIGTERM
     assert not runner.run(made, tmp_path / "r", resume=True)["interrupted"]
+
+
+def test_sigint_twice_ends_at_once(make_resolved, tmp_path):
+    def twice(report):
+        if report.metrics["round"] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the round went on")
+
+    made = make_resolved("fedavg", federation__rounds=9, output__checkpoint_every=1)
+    summary = runner.run(made, tmp_path / "r", watch=twice)
+    assert (summary["signal"], summary["rounds"]) == ("SIGINT", 2)
 
 
 def terminated(seconds):

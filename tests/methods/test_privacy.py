@@ -1,17 +1,20 @@
 """Clipping and noise: norms and statistics, where they act, and the ε that is reported."""
 
 import math
+from dataclasses import replace
+from typing import ClassVar
 
 import dp_accounting as dp
 import pytest
 import torch
 from dp_accounting import rdp
 
-from fedsparse import masks, rng
+from fedsparse import Aggregated, Part, hookimpl, masks, rng
 from fedsparse.core.errors import ConfigError
 from fedsparse.core.execution.workers import join, launch, leave
 from fedsparse.core.hookspecs import SLOTS
 from fedsparse.core.registry import Registry
+from fedsparse.core.state import Uploaded
 from fedsparse.plugins.privacy import GaussianMechanism, epsilon
 
 NAMES = Registry().names()
@@ -245,6 +248,57 @@ def test_what_would_break_the_promise_is_refused_at_once(make_resolved, make_eng
     with pytest.raises(ConfigError, match=r"buffers are sent without noise \(\S+running_mean"):
         make_engine("privacy", **batchnorm)
     assert make_resolved("privacy", federation__replacement=True, **{EXTRA + "noise_multiplier": 0})
+
+
+def test_what_diverged_counts_as_no_update():
+    """Else one client's data could make the sum NaN, which no clip bounds; contracts may be off."""
+    for bad in (math.nan, math.inf):
+        anchor, mask, frozen, params = client()
+        params = params | {"w": torch.where(masks.movable(mask, frozen)["w"], bad, params["w"])}
+        for noise in (0.0, 1.0):
+            part = GaussianMechanism(noise_multiplier=noise)
+            made = part.upload(params, anchor, mask, frozen, torch.tensor(37.0), 4, rng.key(0)).params
+            if noise:
+                assert all(p.isfinite().all() for p in made.values())
+            else:
+                assert all(torch.equal(made[name], p) for name, p in anchor.items())
+
+
+class Rescales(Part):
+    @hookimpl
+    def upload(self, params, weight):
+        return Uploaded(params, 2 * weight)
+
+
+class Tells(Part):
+    linear: ClassVar[bool] = True
+
+    @hookimpl
+    def contribute(self, params, weight):
+        return {**{name: weight * p for name, p in params.items()}, "weight": weight}
+
+    @hookimpl
+    def aggregate(self, sums, params, mask, memory):
+        return Aggregated({name: sums[name] / sums["weight"] for name in params}, mask, memory)
+
+
+class TellsMore(Tells):
+    @hookimpl
+    def contribute(self, params, weight, carry):
+        return {**{name: weight * p for name, p in params.items()}, "weight": weight, "loss": weight}
+
+
+def test_parts_that_undo_the_promise_are_refused(make_resolved):
+    with pytest.raises(ConfigError, match=r"ledger\.values = 'bfloat16' rounds uploads after the noise; set"):
+        make_resolved("privacy", ledger__values="bfloat16")
+    made = make_resolved("privacy")
+    noise = made.method.extras[0]
+    for extras, refused in (((Rescales(), noise), False), ((noise, Rescales()), True)):
+        found = noise.objections(replace(made.method, extras=extras), made.config, None)
+        assert [text.partition(" after")[0] for text in found] == ["Rescales changes uploads"] * refused
+    for aggregate, refused in ((Tells(), False), (TellsMore(), True)):
+        found = noise.objections(replace(made.method, aggregate=aggregate), made.config, None)
+        assert [text.partition(" of")[0] for text in found] == ["TellsMore sees more than the sum"] * refused
 
 
 def test_a_missing_accountant_is_named_with_its_extra(make_resolved, monkeypatch):

@@ -150,7 +150,8 @@ def test_a_run_without_summary_or_checkpoint_is_played_anew_and_no_other(tmp_pat
     assert cli(*SWAP, "--out", "a").exit_code == 0
     first = (tmp_path / "a" / "ablation.csv").read_text()
     lost = tmp_path / "a" / "freeze_policy=fedavg_seed0"
-    (lost / "summary.json").unlink()  # as if killed after the last checkpoint
+    played = (lost / "metrics.jsonl").read_text()
+    (lost / "summary.json").unlink()  # as if killed, or out of space, after the last checkpoint
     half_made = tmp_path / "a" / "base_seed1"
     for path in [*half_made.glob("*.*")]:
         path.unlink()
@@ -163,7 +164,9 @@ def test_a_run_without_summary_or_checkpoint_is_played_anew_and_no_other(tmp_pat
     assert done.exit_code == 0, done.output
     assert [files(folder) for folder in kept] == before
     assert done.output.count("earlier") == 2
-    assert done.output.count("started anew") == 2
+    assert done.output.count("started anew") == 1
+    assert done.output.count("resumed") == 1  # of it no round is played again, only its end is written
+    assert (lost / "metrics.jsonl").read_text() == played
     again = (tmp_path / "a" / "ablation.csv").read_text()
 
     def without_seconds(text):
