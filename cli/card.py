@@ -45,7 +45,7 @@ def show_sections(title: str, sections: Sequence[Section], as_markdown: bool = F
             table = Table(show_edge=False, pad_edge=False, show_header=not plain)
             for number, heading in enumerate(section.headings):
                 whole = min(24, max(len(row[number]) for row in section.rows)) if heading == "part" else None
-                table.add_column(heading, overflow="fold", no_wrap=number == 0, min_width=whole)
+                table.add_column(heading, overflow="fold", no_wrap=number == 0, width=whole)
             for row in section.rows:
                 table.add_row(*map(escape, row))
             console.print(table)

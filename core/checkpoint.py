@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from .disk import writing
+from .disk import save_tensors, writing
 from .errors import RunError
 from .hookspecs import SLOTS
 from .resolve import Resolved
@@ -61,7 +61,7 @@ def save(folder: Path, state: ServerState, ledger: dict[str, Any], made_by: Mapp
     with writing(folder):
         try:
             fresh.mkdir()
-            save_file(tensors, fresh / "tensors.safetensors")
+            save_tensors(fresh / "tensors.safetensors", tensors)
             with (fresh / "tensors.safetensors").open("rb") as file:
                 os.fsync(file.fileno())
             with (fresh / "state.json").open("w", encoding="utf-8") as file:

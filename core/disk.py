@@ -6,13 +6,17 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from .errors import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -43,6 +47,21 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         except BaseException:
             fresh.unlink(missing_ok=True)
             raise
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes contiguous tensors as safetensors, readable for whom the umask lets read.
+
+    Raises OSError or SafetensorError if it cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    path.chmod(mode)  # safetensors 0.8 makes a file that its owner alone reads
 
 
 def _reason(error: OSError | SafetensorError, path: Path) -> str:

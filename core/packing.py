@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .disk import save_tensors
 from .errors import RunError
 
 Params = dict[str, Tensor]
@@ -110,7 +110,7 @@ def load_csr(path: str | Path) -> Params:
 def save_model(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes tensors whole, with their SHA-256 in the metadata."""
     made = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(made, path, {"sha256": _digest(made, "")})
+    save_tensors(path, made, {"sha256": _digest(made, "")})
 
 
 def load_model(path: Path) -> Params:
@@ -160,7 +160,7 @@ def _save(
             stored[f"dense/{name}"] = tensor.contiguous()
     metadata = {"format": f"fedsparse.{kind}", "shapes": json.dumps(shapes)}
     try:
-        save_file(stored, path, {**metadata, "sha256": _digest(stored, metadata["shapes"])})
+        save_tensors(path, stored, {**metadata, "sha256": _digest(stored, metadata["shapes"])})
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {path}: {error}") from None
     return list(shapes)

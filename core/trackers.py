@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import PrivateAttr
 
 from . import results
+from .disk import replace as replace_file
 from .errors import ConfigError, Problem, RunError, nearest
 from .hookspecs import hookimpl
 from .part import Part
@@ -28,10 +29,19 @@ class Csv(Part):
 
     @hookimpl
     def on_run_begin(self, folder: Path) -> None:
-        fresh = not (folder / "metrics.csv").exists()
-        self._file = (folder / "metrics.csv").open("a", newline="", encoding="utf-8")
-        if fresh:
-            csv.writer(self._file).writerow(("round", "name", "value"))
+        path, reached = folder / "metrics.csv", kept(folder)
+        rows = []
+        if path.exists():  # a resumed run plays the rounds after its checkpoint again
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.reader(file) if row[:1] and row[0].isdigit()]
+
+        def write(fresh: Path) -> None:
+            with fresh.open("w", newline="", encoding="utf-8") as file:
+                earlier = (row for row in rows if int(row[0]) < reached)
+                csv.writer(file).writerows([("round", "name", "value"), *earlier])
+
+        replace_file(path, write)
+        self._file = path.open("a", newline="", encoding="utf-8")
 
     @hookimpl
     def on_round_end(self, report: Report) -> None:
@@ -53,7 +63,8 @@ class TensorBoard(Part):
     def on_run_begin(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        # rounds that a resumed run plays again take the place of what was there
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=kept(folder) or None)
 
     @hookimpl
     def on_round_end(self, report: Report) -> None:
@@ -138,6 +149,11 @@ def tracked(resolved: Resolved, names: Iterable[str]) -> Resolved:
             needed(name)  # before minutes are spent on data
     extras = (*resolved.method.extras, *(TRACKERS[name]() for name in names))
     return replace(resolved, method=replace(resolved.method, extras=extras)) if names else resolved
+
+
+def kept(folder: Path) -> int:
+    """The rounds of a run that stay: 0, or those up to its checkpoint when it is resumed."""
+    return len((folder / "metrics.jsonl").read_bytes().splitlines())
 
 
 def numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

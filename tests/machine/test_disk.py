@@ -135,19 +135,19 @@ def test_model_that_cannot_be_written_is_written_by_resume(make_resolved, tmp_pa
     """All rounds are played and saved; only what comes after them is missing."""
     made = make_resolved("scaffold", federation__rounds=3)
     first = runner.run(made, tmp_path / "whole")
-    write, calls = packing.save_file, []
+    write, calls = packing.save_tensors, []
 
-    def full(tensors, path, metadata=None):
+    def full(path, tensors, metadata=None):
         calls.append(path)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedsparse.core.packing.save_file", full)
+    monkeypatch.setattr("fedsparse.core.packing.save_tensors", full)
     with pytest.raises(DiskError, match=r"model\.safetensors: No space left .* MB are free .* goes on"):
         runner.run(made, tmp_path / "run")
     assert not any((tmp_path / "run").glob("*.safetensors*"))
     assert not (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "run" / "error.log").exists()
-    monkeypatch.setattr("fedsparse.core.packing.save_file", write)
+    monkeypatch.setattr("fedsparse.core.packing.save_tensors", write)
     summary = runner.run(made, tmp_path / "run", resume=True)
     assert left(tmp_path / "run") == left(tmp_path / "whole")
     assert {**summary, "wall_seconds": 0} == {**first, "wall_seconds": 0}

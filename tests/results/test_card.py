@@ -164,3 +164,28 @@ def test_no_parts_name_is_broken_on_a_narrow_screen(swapped, cli, monkeypatch):
     parts = Result.load(swapped).config["method"]
     for slot in ("mask_init", "freeze_policy", "readjust"):
         assert parts[slot]["use"] in done.output
+
+
+@pytest.mark.parametrize("width", [80, 97, 120])
+def test_no_word_of_a_card_is_cut_off(swapped, cli, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = cli("card", swapped).output
+    assert max(map(len, shown.splitlines()[1:])) <= width
+    table = shown.partition("\nParts\n")[2].partition("\nSparsity\n")[0]
+    told = " ".join(line.split("│")[3].strip() for line in table.splitlines() if line.count("│") == 3)
+    parts = Result.load(swapped).summary["parts"]
+    for sentence in parts.values():
+        assert sentence.replace(" ", "") in told.replace(" ", "")
+
+
+def test_a_runs_files_are_readable_for_whom_the_umask_lets_read(tmp_path):
+    import os
+
+    before = os.umask(0o027)
+    try:
+        fedsparse.run("fedavg", out=tmp_path / "a", federation__rounds=1, federation__local_epochs=1)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    assert {"model.safetensors", "tensors.safetensors"} <= set(modes)
+    assert set(modes.values()) == {0o640}, modes

@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 
+import fedsparse
 from fedsparse.core.results import Result
 from fedsparse.core.trackers import TRACKERS, numbers, tracked
 
@@ -75,6 +76,33 @@ def test_resumed_runs_track_on(cli, tmp_path):
     assert refused.exit_code == 1
     assert "has played all of its 3 rounds" in refused.output
     assert (tmp_path / "a" / "metrics.csv").read_text() == before
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_rounds_that_a_resumed_run_plays_again_are_tracked_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    def interrupt(line):
+        if line["round"] == 3:
+            raise KeyboardInterrupt
+
+    chosen = ["csv", "tensorboard"]
+    short = {"federation__rounds": 6, "federation__local_epochs": 1, "output__checkpoint_every": 2}
+    fedsparse.run("fedavg", out=tmp_path / "a", progress=interrupt, track=chosen, **short)
+    with (tmp_path / "a" / "metrics.csv").open("a") as file:  # as SIGKILL after the checkpoint leaves it
+        file.write("4,train_loss,9\r\n5,train_lo")
+    with SummaryWriter(str(tmp_path / "a" / "tensorboard")) as writer:
+        writer.add_scalar("train_loss", 9.0, 4)
+    result = fedsparse.resume(tmp_path / "a", track=chosen)
+    expected = [(str(line["round"]), name) for line in result.rounds for name, _ in numbers(line)]
+    with (tmp_path / "a" / "metrics.csv").open(newline="") as file:
+        assert [(row["round"], row["name"]) for row in csv.DictReader(file)] == expected
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard")).Reload()
+    losses = {event.step: event.value for event in events.Scalars("train_loss")}
+    assert [*losses] == [event.step for event in events.Scalars("train_loss")] == [*range(6)]
+    assert losses[4] == pytest.approx(result.rounds[4]["train_loss"], rel=1e-6)
 
 
 def test_a_missing_package_is_named(make_resolved, monkeypatch):
