@@ -130,7 +130,7 @@ def test_refused_with_what_is_allowed(case, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", ["diff", "card", "compare", "export"])
 def test_a_summary_that_is_no_table(runs, command):
     words = [command, *([str(runs[0])] if command == "diff" else []), str(runs[7])]
-    assert (runs[7] / "summary.json").read_bytes() == b"[]"
+    (runs[7] / "summary.json").write_bytes(b"[]")  # a fuzzed `resume` may have mended it
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 1
     assert "summary.json is damaged" in result.stderr
