@@ -65,7 +65,7 @@ def density(groups: Sequence[Group]) -> Picture | str:
             axis.set_yticks(range(len(one.layers)), _short(one.layers), fontsize=SMALL)
             if number + columns >= len(drawn):
                 axis.set_xlabel("rounds played")
-        bar = figure.colorbar(image, ax=_used(axes, len(drawn)), label="density (active fraction)", aspect=30)
+        bar = figure.colorbar(image, ax=_used(axes, len(drawn)), label="density", aspect=30)
         ticks = [step for step in STEPS if step >= low]
         bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
