@@ -247,13 +247,13 @@ def ablate(out, **options):
 def test_ablation_goes_on_wherever_the_disk_was_full(tmp_path, monkeypatch):
     out = tmp_path / "a"
     one_error(ablate(out, largest=100), "ablation.json: File too large", "MB are free there")
-    write, model = packing.save_file, tmp_path / "a" / "base_seed0"
+    write, model = packing.save_tensors, tmp_path / "a" / "base_seed0"
     with monkeypatch.context() as patched:
-        patched.setattr("fedsparse.core.packing.save_file", lambda *given: os.write(-1, b""))
+        patched.setattr("fedsparse.core.packing.save_tensors", lambda *given: os.write(-1, b""))
         made = ablate(out)
     assert made.exit_code == 1
     assert "base_seed0: cannot write" in " ".join(made.stderr.split())
-    assert packing.save_file is write
+    assert packing.save_tensors is write
     played = (model / "metrics.jsonl").read_text()
     (out / "ablation.csv.new").mkdir()  # in the way, as a disk that is full only at the end
     one_error(ablate(out), "ablation.csv: Is a directory")
