@@ -58,5 +58,5 @@ def test_nothing_grows(plugin, tmp_path):
     assert late["threads"] == early["threads"]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "config.toml", "metrics.jsonl", "summary.json", "checkpoint", "checkpoint.old", "model.safetensors",
-        "mask.safetensors",
+        "mask.safetensors", "clients.json", "masks",
     }  # fmt: skip
