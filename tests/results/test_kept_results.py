@@ -41,5 +41,4 @@ def test_the_readme_quotes_the_kept_summaries(row):
         f"{(f['upload_bytes_total'] + f['download_bytes_total']) / 1e6:,.0f}" for f in final
     )
     assert flops == ", ".join(f"{figures['flops_total'] / 1e12:.2f}" for figures in final)
-    # `best` of a summary is the round of best test accuracy, here that of best client accuracy, too
     assert best == ", ".join(f"{summary['best']['client_accuracy']:.3f}" for summary in kept)
