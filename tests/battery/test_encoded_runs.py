@@ -46,7 +46,7 @@ CASES += [(name, "vectorised", "bfloat16") for name in NAMES[1::4]]  # some of t
 @pytest.mark.parametrize(("plugin", "executor", "values"), CASES)
 def test_encoded_is_counted(make_engine, plugin, executor, values):
     changes = {"method__readjust__period": 2} if plugin in PERIOD else {}
-    same_run(
+    rounds = same_run(
         lambda **more: make_engine(
             plugin,
             federation__rounds=6,
@@ -58,6 +58,7 @@ def test_encoded_is_counted(make_engine, plugin, executor, values):
         ),
         **changes,
     )
+    assert len(rounds) == 6
 
 
 @pytest.mark.slow
@@ -73,7 +74,7 @@ def test_encoded_is_counted_on_digits(plugin, executor):
         made = resolve(plugin, sets=sets)
         return Engine(made, task.build(made.config))
 
-    same_run(make)
+    assert len(same_run(make)) == 4
 
 
 def test_two_byte_values_change_the_run_and_halve_its_values(make_engine):
