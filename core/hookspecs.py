@@ -228,6 +228,7 @@ class Aggregate:
         mask: Masks,
         frozen: Masks,
         budget: Budget,
+        clock: Clock,
         pool_samples: int,
         key: Tensor,
         memory: Memory,

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .architecture import Architecture, unsuited
+from .pooling import max_pool
 
 Width = Annotated[int, Field(ge=1, le=65_536)]
 """Channels or units of one layer."""
@@ -61,7 +62,7 @@ class Stack(nn.Module):
         """(b, c, h, w) to (b, classes)."""
         for name in self.convs:
             # ReLU and max-pooling commute; this order applies ReLU to the smaller tensor
-            x = torch.relu(nn.functional.max_pool2d(getattr(self, name)(x), *self.pool))
+            x = torch.relu(max_pool(getattr(self, name)(x), *self.pool))
         x = x.flatten(1)
         for name in self.linears[:-1]:
             x = torch.relu(getattr(self, name)(x))
