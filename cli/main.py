@@ -434,7 +434,7 @@ def reproduce(
     if write:
         shown.write_pages(found)
         return
-    chosen = found.only(rows or (), seeds)
+    chosen = found.only(rows or (), seeds if kept else None)  # what is played stands beside all kept runs
     if kept:
         shown.show_kept(chosen, markdown, as_json)
         return

@@ -136,7 +136,10 @@ class Table:
             update={
                 "row": tuple(row for row in self.description.row if row.preset in chosen),
                 "claim": tuple(
-                    claim for claim in self.description.claim if {claim.better, claim.than} <= set(chosen)
+                    # a note is about all kept seeds
+                    claim if seeds is None else claim.model_copy(update={"note": ""})
+                    for claim in self.description.claim
+                    if {claim.better, claim.than} <= set(chosen)
                 ),
             }
         )
@@ -203,7 +206,7 @@ def _wrong_names(raw: Mapping[str, Any], folder: Path) -> list[Problem]:
             )
     for key in ("better", "than"):
         problems += [
-            Problem(f"claim.{place}", f"{name!r} is no row. {nearest(name, names)}")
+            Problem(f"claim.{place}", f"{name!r} is no row. {nearest(name, set(names))}")
             for place, name in _texts(raw.get("claim"), key)
             if name not in names
         ]

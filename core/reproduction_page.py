@@ -97,7 +97,7 @@ def page(table: Table) -> str:
         "",
         told.about.strip(),
         "",
-        f"Source: {told.source}.",
+        f"Source: {told.source.rstrip('.')}.",
     ]
     for section in rows(table, linked=True):
         lines += ["", f"## {section.title or 'Rows'}", "", *table_lines(section)]
