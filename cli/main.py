@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,12 @@ from .options import (
     MARKDOWN,
     PLUGIN,
     QUIET,
+    ROWS,
     RUN,
     SEEDS,
     SLOTS,
     SWAP,
+    TABLE,
     TRACK,
     WORK,
     WORKERS,
@@ -85,6 +88,7 @@ def main() -> None:
     fedsparse report runs/* --out report                   the same with figures, as one HTML page
     fedsparse card runs/pffdst-digits-seed0                what a reviewer asks about a run
     fedsparse ablate --plugin pffdst --slots all --out abl each slot swapped for FedAvg's, over seeds
+    fedsparse reproduce                                    the papers' tables: kept figures, or played again
     fedsparse plugins                                      what is installed
     fedsparse new-plugin my_method                         a package for a method of your own
     fedsparse config show --plugin pffdst                  every setting and where it comes from
@@ -341,6 +345,110 @@ def ablate(
         registry=chosen.registry,
     )
     if ended := played(planned, out, workers, quiet):
+        sys.exit(128 + ended)  # as shells report it
+
+
+@main.command()
+@click.argument("table", required=False, type=TABLE)
+@click.option("--kept", is_flag=True, help="Show the kept figures and the verdicts; play nothing.")
+@click.option("--rows", type=ROWS, help="Only these rows, by their presets' names, separated by commas.")
+@click.option("--seeds", type=SEEDS, help="Seeds of every row. Default: all of which the table keeps a run.")
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one setting of every row: task.data_root=/data.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the runs: new, empty, or that of this same table, which then goes on. "
+    "Default: runs/TABLE.",
+)
+@click.option("--workers", type=click.IntRange(1, 1024), help="Processes that share each round's clients.")
+@QUIET
+@MARKDOWN
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, in full digits.")
+@click.option(
+    "--write",
+    is_flag=True,
+    help="Write the README.md in the folder of the table, or of all, and the project's list of claims.",
+)
+@click.pass_context
+def reproduce(
+    ctx: click.Context,
+    table: str | None,
+    kept: bool,
+    rows: tuple[str, ...] | None,
+    seeds: tuple[int, ...] | None,
+    sets: tuple[str, ...],
+    out: Path | None,
+    workers: int | None,
+    quiet: bool,
+    markdown: bool,
+    as_json: bool,
+    write: bool,
+) -> None:
+    """Play a paper's table and show it beside the kept runs; without a table: list them.
+
+    A table is a shipped one's name, or a folder with a table.toml. Started again with the same --out, it goes
+    on where it was interrupted and repeats no finished run.
+
+    \b
+    fedsparse reproduce lenet-cifar10 --kept
+    fedsparse reproduce lenet-cifar10 --set task.data_root=/data --out runs/lenet
+    fedsparse reproduce lenet-cifar10 --rows pffdst-350,feddst-200 --seeds 0 --workers 2
+    """
+    playing = {"--set": sets, "--out": out, "--workers": workers, "--quiet": quiet}
+    choosing = {"--rows": rows, "--seeds": seeds}
+    printing = {"--markdown": markdown, "--json": as_json}
+
+    def refuse(why: str, *options: Mapping[str, object]) -> None:
+        given = [name for group in options for name, value in group.items() if value not in (None, False, ())]
+        if given:
+            raise click.UsageError(f"{', '.join(given)}: {why}", ctx)
+
+    if markdown and as_json:
+        raise click.UsageError("--markdown and --json are both given; give one", ctx)
+    if write:
+        refuse(
+            "nothing that --write heeds; it writes whole tables' pages",
+            {"--kept": kept},
+            playing,
+            choosing,
+            printing,
+        )
+    elif table is None:
+        refuse("give a table, too; `fedsparse reproduce` lists them", {"--kept": kept}, playing, choosing)
+    elif kept:
+        refuse("nothing is played with --kept", playing)
+
+    from ..core.reproduction import load
+    from . import reproduce as shown
+
+    if table is None:
+        shown.write_pages(None) if write else shown.show_list(markdown, as_json)
+        return
+    found = load(table)
+    if write:
+        shown.write_pages(found)
+        return
+    chosen = found.only(rows or (), seeds if kept else None)  # what is played stands beside all kept runs
+    if kept:
+        shown.show_kept(chosen, markdown, as_json)
+        return
+    ended = shown.play(
+        chosen,
+        found.seeds if seeds is None else seeds,
+        sets,
+        out or Path("runs", found.name),
+        workers or 1,
+        quiet=quiet,
+        as_markdown=markdown,
+        as_json=as_json,
+    )
+    if ended:
         sys.exit(128 + ended)  # as shells report it
 
 

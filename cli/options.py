@@ -71,6 +71,48 @@ class WorkType(click.ParamType[str]):
         return _starting(incomplete, names) or [CompletionItem(incomplete, type="file")]
 
 
+class TableType(click.ParamType[str]):
+    """A shipped table's name, or the path of a table's folder."""
+
+    name = "table|folder"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from ..core.reproduction import shipped
+
+        return _starting(incomplete, shipped()) or [CompletionItem(incomplete, type="dir")]
+
+
+class RowsType(click.ParamType[tuple[str, ...]]):
+    """Rows of the table that the argument names, separated by commas."""
+
+    name = "row[,row…]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        texts = tuple(text.strip() for text in str(value).split(",") if text.strip())
+        if not texts:
+            self.fail(f"{value!r}: expected names of rows, separated by commas", param, ctx)
+        return texts
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from ..core.errors import ConfigError
+        from ..core.reproduction import load
+
+        # click leaves arguments unread before an option whose value is still being typed
+        tables = [ctx.params.get("table"), *ctx.args]
+        try:
+            names = load(next(filter(None, tables), "")).presets
+        except ConfigError:
+            return []
+        before, comma, last = incomplete.rpartition(",")
+        return [CompletionItem(f"{before}{comma}{name}") for name in names if name.startswith(last)]
+
+
 class CountsType(click.ParamType[tuple[int, ...]]):
     """Numbers of processes, separated by commas."""
 
@@ -152,7 +194,7 @@ def _starting(incomplete: str, names: Any) -> list[CompletionItem]:
 
 
 PLUGIN, CONFIG, SWAP, WORK, COUNTS = PluginType(), ConfigType(), SwapType(), WorkType(), CountsType()
-SEEDS, SLOTS = SeedsType(), SlotsType()
+SEEDS, SLOTS, TABLE, ROWS = SeedsType(), SlotsType(), TableType(), RowsType()
 WORKERS = click.option(
     "--workers",
     type=click.IntRange(1, 1024),

@@ -13,7 +13,7 @@ import shutil
 import statistics
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
@@ -322,11 +322,13 @@ def _folder(variant: Variant, point: Mapping[str, Any], seed: int, taken: dict[s
 
 Play = Callable[[Trial, Path, bool], bool]
 """Plays a run in a folder, anew or from its checkpoint; whether Ctrl-C ended it."""
+Tell = Callable[[Trial, Result | None, str], object]
+"""Is told what a run left and a remark; None and the reason if it failed."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an ablation went: the folders of runs that failed with why, and whether Ctrl-C ended it."""
+    """How playing went: the folders of runs that failed with why, and whether Ctrl-C ended it."""
 
     failed: Mapping[str, str]
     interrupted: bool
@@ -336,7 +338,7 @@ def carry_out(
     plan: Plan,
     out: Path,
     play: Play,
-    tell: Callable[[Trial, Result | None, str], object],
+    tell: Tell,
     begun: Callable[[], object] = lambda: None,
 ) -> Outcome:
     """Plays what is not finished below `out`, which is new, empty, or holds this plan.
@@ -347,45 +349,59 @@ def carry_out(
     holds another plan, or runs of other settings, before anything is played.
     """
     with held(plan, out):
-        states = {trial.folder: state_of(out / trial.folder, trial.resolved) for trial in plan.trials}
-        begun()
-        failed: dict[str, str] = {}
-        for trial in plan.trials:
-            folder, state = out / trial.folder, states[trial.folder]
-            remark = {"finished": "earlier", "resume": "resumed"}.get(state, "")
-            if state != "finished":
-                if state == "anew":
-                    shutil.rmtree(folder)
-                    remark = "started anew, there was no checkpoint to go on from"
-                try:
-                    if play(trial, folder, state == "resume"):
-                        return Outcome(failed, interrupted=True)
-                except KeyboardInterrupt:
+        return play_each(plan.trials, out, play, tell, begun)
+
+
+def play_each(
+    trials: Sequence[Trial], out: Path, play: Play, tell: Tell, begun: Callable[[], object]
+) -> Outcome:
+    """The same for any runs below `out`, which the caller keeps others out of."""
+    states = {trial.folder: state_of(out / trial.folder, trial.resolved) for trial in trials}
+    begun()
+    failed: dict[str, str] = {}
+    for trial in trials:
+        folder, state = out / trial.folder, states[trial.folder]
+        remark = {"finished": "earlier", "resume": "resumed"}.get(state, "")
+        if state != "finished":
+            if state == "anew":
+                shutil.rmtree(folder)
+                remark = "started anew, there was no checkpoint to go on from"
+            try:
+                if play(trial, folder, state == "resume"):
                     return Outcome(failed, interrupted=True)
-                except Exception as error:
-                    if not (folder / "error.log").exists():
-                        if not isinstance(error, FedsparseError):
-                            raise
-                        # not in the rounds: most likely the next run would meet it, too
-                        stopped = RunError(f"{trial.folder}: {error}")
-                        stopped.exit_code = error.exit_code
-                        raise stopped from error
-                    failed[trial.folder] = (
-                        str(error) if isinstance(error, FedsparseError) else describe(error)
-                    )
-                    tell(trial, None, failed[trial.folder])
-                    continue
-            tell(trial, Result.load(folder), remark)
-        return Outcome(failed, interrupted=False)
+            except KeyboardInterrupt:
+                return Outcome(failed, interrupted=True)
+            except Exception as error:
+                if not (folder / "error.log").exists():
+                    if not isinstance(error, FedsparseError):
+                        raise
+                    # not in the rounds: most likely the next run would meet it, too
+                    stopped = RunError(f"{trial.folder}: {error}")
+                    stopped.exit_code = error.exit_code
+                    raise stopped from error
+                failed[trial.folder] = str(error) if isinstance(error, FedsparseError) else describe(error)
+                tell(trial, None, failed[trial.folder])
+                continue
+        tell(trial, Result.load(folder), remark)
+    return Outcome(failed, interrupted=False)
+
+
+def held(plan: Plan, out: Path) -> AbstractContextManager[None]:
+    """Keeps other ablations out of the folder, which gets the plan. Raises RunError if it has another one."""
+    return holding(out, PLAN, plan.record(), "an ablation")
 
 
 @contextmanager
-def held(plan: Plan, out: Path) -> Iterator[None]:
-    """Keeps other ablations out of the folder, which gets the plan. Raises RunError if it has another one."""
+def holding(out: Path, name: str, record: Mapping[str, Any], what: str) -> Iterator[None]:
+    """Keeps other processes out of a folder whose file `name` says in plain values what its runs are for.
+
+    `what` names that in messages. Raises RunError if the file holds another record, if a process is at work
+    there, or if the folder holds something else.
+    """
     from .disk import writing
     from .folders import refuse_taken
 
-    path = out / PLAN
+    path = out / name
     if not path.exists():
         refuse_taken(out)
     try:
@@ -394,31 +410,32 @@ def held(plan: Plan, out: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(f"cannot write to {out}: {error}") from None
     with file:
-        _lock(file, out)
+        _lock(file, out, what)
         if [*out.iterdir()] == [path]:  # a plan of which nothing began binds nobody
             with writing(path):
-                path.write_text(json.dumps(plan.record(), indent=1) + "\n", encoding="utf-8")
+                path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         file.seek(0)
         try:
             there = json.load(file)
         except ValueError as error:
             raise RunError(f"{path} is damaged: {error}") from None
-        changes = differences(there, plan.record())
+        changes = differences(there, record)
         if changes:
             lines = "".join(f"\n  {line}" for line in changes)
             raise RunError(
-                f"{out} holds another ablation; name another folder with --out. What differs:{lines}"
+                f"{out} holds another {what.partition(' ')[2]}; name another folder with --out. "
+                f"What differs:{lines}"
             )
         yield
 
 
-def _lock(file: IO[str], out: Path) -> None:
+def _lock(file: IO[str], out: Path, what: str) -> None:
     if fcntl is None:
         return  # Windows has no such lock
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise RunError(f"an ablation is going on in {out}; wait for its end") from None
+        raise RunError(f"{what} is going on in {out}; wait for its end") from None
 
 
 def differences(there: Any, here: Any, path: str = "") -> list[str]:

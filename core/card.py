@@ -65,12 +65,17 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
     lines = [f"# {_cell(title)}"]
     for section in sections:
         lines += ["", f"## {section.title}", ""]
-        if section.rows:
-            lines += [_line(section.headings), _line(["---"] * len(section.headings))]
-            lines += map(_line, section.rows)
+        lines += table_lines(section)
         if section.note:
             lines += ["", section.note] if section.rows else [section.note]
     return "\n".join(lines) + "\n"
+
+
+def table_lines(section: Section) -> list[str]:
+    """A section's table as lines of GitHub's Markdown; none for a section without rows."""
+    if not section.rows:
+        return []
+    return [_line(section.headings), _line(["---"] * len(section.headings)), *map(_line, section.rows)]
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

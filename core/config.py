@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
@@ -355,7 +355,7 @@ def _walk(folder: Any, prefix: str) -> Iterator[tuple[str, str]]:
     for entry in folder.iterdir():
         if entry.is_dir():
             yield from _walk(entry, f"{prefix}{entry.name}/")
-        elif entry.name.endswith(".toml"):
+        elif entry.name.endswith(".toml") and entry.name != "table.toml":  # which describes a paper's table
             yield prefix + entry.name.removesuffix(".toml"), entry.read_text(encoding="utf-8")
 
 
@@ -461,7 +461,11 @@ def problems_of(error: Any, prefix: str, given: Mapping[str, Any], schema: type[
 
 def _fields_at(schema: type[BaseModel], place: list[str]) -> list[str]:
     for key in place:
+        if key.isdecimal():
+            continue  # a place in a list of tables
         annotation = schema.model_fields[key].annotation if key in schema.model_fields else None
+        if get_origin(annotation) in (list, tuple):
+            annotation = get_args(annotation)[0]
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         schema = annotation

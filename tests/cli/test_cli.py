@@ -409,7 +409,7 @@ def presets():
     from fedsparse.core.registry import Registry
 
     methods = Registry().names()
-    for path in sorted((ROOT / "configs").rglob("*.toml")):
+    for path in sorted(set((ROOT / "configs").rglob("*.toml")) - set((ROOT / "configs").rglob("table.toml"))):
         name = str(path.relative_to(ROOT / "configs").with_suffix(""))
         plugin = tomllib.loads(path.read_text()).get("method", {}).get("plugin")
         for method in [name] if name in methods else [plugin] if plugin else ["fedavg", "feddst", "pffdst"]:
@@ -448,6 +448,7 @@ COMMANDS = [
     ["diff"],
     ["export"],
     ["ablate"],
+    ["reproduce"],
     ["bench"],
     ["new-plugin"],
     ["plugins"],
@@ -488,6 +489,8 @@ def test_help_of_every_command_imports_no_torch():
         ("fedsparse run --swap readjust =", "feddst"),
         ("fedsparse run --swap readjust = fedd", "feddst"),
         ("fedsparse plugins show ", "fedavg"),
+        ("fedsparse reproduce len", "lenet-cifar10"),
+        ("fedsparse reproduce lenet-cifar10 --rows pffdst-350,fedd", "pffdst-350,feddst-200"),
     ],
 )
 def test_shell_completion_knows_names_and_imports_no_torch(words, expected):

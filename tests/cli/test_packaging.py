@@ -51,6 +51,9 @@ def test_every_module_is_in_the_wheel_and_imports(installed):
     assert presets == {
         str(p.relative_to(installed / "fedsparse")) for p in (installed / "fedsparse").rglob("*.toml")
     }
+    kept = {str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*") if p.suffix in (".json", ".md")}
+    assert kept
+    assert all((installed / "fedsparse" / name).is_file() for name in kept)
     assert (installed / "fedsparse" / "py.typed").exists()
     modules = sorted(
         "fedsparse." + n.removesuffix(".py").replace("/", ".") for n in expected - {"__init__.py"}
