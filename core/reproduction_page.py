@@ -123,15 +123,27 @@ def commands(table: Table) -> list[str]:
 
 
 def claims_of(tables: Sequence[Table]) -> str:
-    """All claims of tables as one list in Markdown, each linked to its table below the project's folder."""
-    found = []
+    """All claims of tables as one list in Markdown, each linked to its table below the project's folder.
+
+    Claims of which no pair of runs is kept are counted in a line below it.
+    """
+    found, waiting = [], []
     for table in tables:
         folder = f"configs/papers/{table.name}" if table.shipped else str(table.folder)
-        for claim in table.description.claim:
-            made = judged(claim, table.kept, table.description.metric)
-            found.append((claim.says, f"[{table.name}]({folder})", *_judged(made)))
+        link = f"[{table.name}]({folder})"
+        made = [
+            (claim.says, judged(claim, table.kept, table.description.metric))
+            for claim in table.description.claim
+        ]
+        found += [(says, link, *_judged(each)) for says, each in made if each.seeds]
+        count = sum(not each.seeds for _, each in made)
+        waiting += [f"{count} of {link}"] if count else []
     headings = ("claim", "table", "at the end", "in the best round", "pairs", "verdict")
-    return "\n".join(table_lines(Section("", headings, found))) + "\n"
+    lines = table_lines(Section("", headings, found)) if found else []
+    if waiting:
+        said = f"Claims not run yet: {', '.join(waiting)}."
+        lines += ["", *textwrap.wrap(said, WIDTH, break_on_hyphens=False, break_long_words=False)]
+    return "\n".join(lines) + "\n"
 
 
 def with_claims(readme: str, tables: Sequence[Table]) -> str:

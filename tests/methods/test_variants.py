@@ -480,7 +480,15 @@ def test_a_run_without_server_readjustment_ends_at_the_target(make_engine):
 
 
 PAPERS = Path(__file__).parents[2] / "configs" / "papers"
-OURS = sorted(path.stem for path in PAPERS.glob("*.toml") if path.stem.startswith(("feddst", "pffdst")))
+RESNETS = ("pffdst-resnet18-s098", "pffdst-resnet18-s099")
+OURS = sorted(
+    str(path.relative_to(PAPERS).with_suffix(""))
+    for path in [
+        *PAPERS.glob("*.toml"),
+        *(p for name in RESNETS for p in (PAPERS / name).glob("*dst-*.toml")),
+    ]
+    if path.stem.startswith(("feddst", "pffdst"))
+)
 
 
 @pytest.mark.parametrize("preset", OURS)
@@ -492,9 +500,11 @@ def test_presets_of_the_papers_tables(preset):
     assert made.config.sparsity.allocation == "scaled"
     batch = getattr(made.config.method.aggregate, "batch_size", None)
     assert batch in (None, made.config.federation.batch_size)
-    if "table" in preset:
-        feddst = preset.endswith("feddst")
-        assert made.config.method.plugin == ("feddst" if feddst else "pffdst")
+    if preset.startswith(RESNETS):
+        table, row = preset.split("/")
+        method, rounds = row.split("-")
         federation = made.config.federation
-        assert (federation.rounds, federation.local_epochs) == ((200, 3) if feddst else (350, 2))
-        assert made.config.sparsity.target == float(f"0.{preset.split('-s0')[1][:2]}")
+        assert made.config.method.plugin == method
+        assert (federation.rounds, federation.local_epochs) == (int(rounds), 3 if method == "feddst" else 2)
+        assert federation.rounds in ((200, 400, 600, 800) if method == "feddst" else (350, 700, 1050, 1400))
+        assert made.config.sparsity.target == float(f"0.{table[-2:]}")

@@ -44,4 +44,6 @@ def test_the_readme_lists_every_claim_with_its_verdict():
     listed = readme.partition("## Results on real data\n")[2].partition("\n## ")[0]
     for table in TABLES:
         for claim in table.description.claim:
-            assert f"| {claim.says} | [{table.name}](configs/papers/{table.name}) | " in listed
+            run = set(table.kept[claim.better]) & set(table.kept[claim.than])
+            line = f"| {claim.says} | [{table.name}](configs/papers/{table.name}) | "
+            assert (line in listed) == bool(run)
