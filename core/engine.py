@@ -110,7 +110,7 @@ class Engine:
         uploads = self.faults.train(self.executor, self.plan(state, budget, clock), mine)
         stop = self.gather(state, uploads, mine, clients)
         if uploads.samples:  # else nobody reported, and the model stays as it is
-            self.aggregate(state, uploads, budget, clock)
+            self.aggregate(state, uploads, budget)
             self.readjust(state, "server:end", budget, clock, uploads)
         metrics = self.record(state, before, clients, uploads, clock)
         state.round += 1
@@ -200,7 +200,7 @@ class Engine:
         drop = self.config.faults.non_finite == "drop"
         return Plan(state, budget, clock, free, self.config.sparsity.target, rate, broadcast, drop)
 
-    def aggregate(self, state: ServerState, uploads: Uploads, budget: Budget, clock: Clock) -> None:
+    def aggregate(self, state: ServerState, uploads: Uploads, budget: Budget) -> None:
         """The next global model; buffers are averaged, frozen values kept to the bit."""
         made = self.hooks.call(
             "aggregate",
@@ -210,7 +210,6 @@ class Engine:
             mask=state.mask,
             frozen=state.frozen,
             budget=budget,
-            clock=clock,
             pool_samples=self.task.partition.pool_samples,
             key=self.key("aggregate", state.round),
             memory=state.memory.get("aggregate", {}),

@@ -228,7 +228,6 @@ class Aggregate:
         mask: Masks,
         frozen: Masks,
         budget: Budget,
-        clock: Clock,
         pool_samples: int,
         key: Tensor,
         memory: Memory,
