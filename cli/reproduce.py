@@ -46,7 +46,8 @@ def show_list(as_markdown: bool, as_json: bool) -> None:
     print_table(console, {name: columns.pop(name) for name in ("table", "title")}, columns, {})
     console.print()
     console.print(
-        "fedsparse reproduce TABLE --kept shows the kept figures; without --kept it plays the runs."
+        "fedsparse reproduce TABLE --kept shows the kept figures; without --kept it plays the runs.",
+        soft_wrap=True,
     )
 
 

@@ -83,6 +83,8 @@ class Summary(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     seed: int
+    method: str
+    rounds: int
     interrupted: Literal[False]
     final: Figures
     best: Figures
@@ -230,7 +232,7 @@ def _texts(tables: Any, key: str) -> list[tuple[str, str]]:
 def _kept(folder: Path, rows: Sequence[str], problems: list[Problem]) -> dict[str, dict[int, Summary]]:
     kept: dict[str, dict[int, Summary]] = {row: {} for row in rows}
     for path in folder.glob("*.json"):
-        named = re.fullmatch(r"(.+)-seed(\d+)", path.stem)
+        named = re.fullmatch(r"(.+)-seed(0|[1-9]\d*)", path.stem)
         if named is None or named[1] not in kept:
             problems.append(
                 Problem(
@@ -245,8 +247,28 @@ def _kept(folder: Path, rows: Sequence[str], problems: list[Problem]) -> dict[st
             continue
         if summary.seed != int(named[2]):
             problems.append(Problem("", f"{path.name} is of seed {summary.seed}; name the file after it"))
+        problems += _of_another_row(path, summary, folder / f"{named[1]}.toml")
         kept[named[1]][summary.seed] = summary
     return {row: dict(sorted(runs.items())) for row, runs in kept.items()}
+
+
+def _of_another_row(path: Path, summary: Summary, preset: Path) -> list[Problem]:
+    """That a run had another method or number of rounds than the preset sets, if it sets them."""
+    try:
+        settings = tomllib.loads(preset.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []  # whoever plays it is told
+    ran = {"method.plugin": summary.method, "federation.rounds": summary.rounds}
+    problems = []
+    for name, there in ran.items():
+        section, key = name.split(".")
+        table = settings.get(section)
+        wanted = table.get(key) if isinstance(table, dict) else None
+        plugin_file = isinstance(wanted, str) and not wanted.isidentifier()
+        if wanted is not None and wanted != there and not plugin_file:
+            message = f"{path.name} ran with {name} = {there!r}, but {preset.name} has {wanted!r}"
+            problems.append(Problem("", f"{message}; keep it beside its own preset"))
+    return problems
 
 
 def read_summary(path: Path) -> Summary:
@@ -397,6 +419,10 @@ def verdict(final: Interval, best: Interval) -> str:
             return "holds in part: in the best round"
         case (1, -1) | (-1, 1):
             return "contradictory"
+        case (-1, 0):
+            return "not shown: worse at the end"
+        case (0, -1):
+            return "not shown: worse in the best round"
     return "not shown"
 
 

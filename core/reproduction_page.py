@@ -20,6 +20,10 @@ CURVES = "curves.png"
 WIDTH = 120  # of prose in a page
 MARKS = "<!-- claims: written by `fedsparse reproduce --write` -->", "<!-- end of claims -->"
 """The list of all claims lies between these lines of the project's README."""
+_MAKING = (
+    "The whole table, then one run of one row. `/data` stands for the folder of the data set as torchvision",
+    "reads it; `--set task.download=true` fetches it.",
+)
 DIFFERENCES = "Differences are in points, paired by seed, with Student's 95 % interval."
 
 
@@ -107,14 +111,14 @@ def page(table: Table) -> str:
     if told.claim:
         section = claims(table)
         lines += ["", f"## {section.title}", "", *table_lines(section), "", section.note]
-    lines += ["", "## Make it again", "", "The whole table, then one run of one row:", "", "```sh"]
+    lines += ["", "## Make it again", "", *_MAKING, "", "```sh"]
     lines += [*commands(table), "```"]
     return "\n".join(lines) + "\n"
 
 
 def commands(table: Table) -> list[str]:
     """What makes the table again, and its first row's first run."""
-    row = table.presets[0]
+    row = next((row for row in table.presets if table.kept.get(row)), table.presets[0])
     data = "--set task.data_root=/data"
     return [
         f"fedsparse reproduce {shlex.quote(table.called)} {data}",
@@ -221,7 +225,9 @@ def _figures(found: Measured | None, values: bool) -> tuple[str, ...]:
         return "0", "not run", "", "", ""
     count, spreads = len(found.seeds), found.spreads()
     seeds = (
-        str(count) if found.seeds == tuple(range(count)) else f"{count}: {', '.join(map(str, found.seeds))}"
+        str(count)
+        if found.seeds == tuple(range(count))
+        else f"{count} (seed{'' if count == 1 else 's'} {', '.join(map(str, found.seeds))})"
     )
     return (
         seeds,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedsparse.core import reproduction
-from fedsparse.core.reproduction import load, shipped
+from fedsparse.core.reproduction import judged, load, shipped
 from fedsparse.core.reproduction_page import PAGE, page, with_claims
 from fedsparse.core.resolve import resolve
 
@@ -22,7 +22,8 @@ def test_a_kept_summary_is_of_its_preset(table, row, seed):
     assert summary["method"] == made.method.name
     assert summary["swaps"] == dict(made.swaps)
     assert summary["rounds"] == made.config.federation.rounds
-    assert summary["final"]["sparsity"] == pytest.approx(made.config.sparsity.target, abs=0.001)
+    # some servers end denser than the target, by design; none ends sparser
+    assert summary["final"]["sparsity"] <= made.config.sparsity.target + 0.001
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
@@ -47,3 +48,10 @@ def test_the_readme_lists_every_claim_with_its_verdict():
             run = set(table.kept[claim.better]) & set(table.kept[claim.than])
             line = f"| {claim.says} | [{table.name}](configs/papers/{table.name}) | "
             assert (line in listed) == bool(run)
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_a_note_stands_beside_a_claim_that_falls_short_only(table):
+    for claim in table.description.claim:
+        made = judged(claim, table.kept, table.description.metric)
+        assert not claim.note or (made.seeds and made.verdict != "holds"), claim.says

@@ -34,6 +34,7 @@ better = "sparse"
 than = "dense"
 note = "for a reason"
 """
+METHODS = {"sparse": "pffdst", "dense": "fedavg"}
 ACCURACIES = {"sparse": (0.442, 0.467, 0.401), "dense": (0.332, 0.302, 0.303)}
 
 
@@ -52,8 +53,8 @@ def table(tmp_path):
     """The folder of a table without kept runs."""
     folder = tmp_path / "mine"
     folder.mkdir()
-    (folder / "sparse.toml").write_text(PRESET.format(plugin="pffdst"))
-    (folder / "dense.toml").write_text(PRESET.format(plugin="fedavg"))
+    for row, method in METHODS.items():
+        (folder / f"{row}.toml").write_text(PRESET.format(plugin=method))
     (folder / "table.toml").write_text(TABLE)
     return folder
 
@@ -63,8 +64,8 @@ def kept(table):
     """The same with three kept runs of each row, which were a point better in their best rounds."""
     for row, accuracies in ACCURACIES.items():
         for seed, accuracy in enumerate(accuracies):
-            summary = {"seed": seed, "interrupted": False, "final": figures(accuracy)}
-            summary["best"] = figures(accuracy + 0.01)
+            summary = {"seed": seed, "method": METHODS[row], "rounds": 4, "interrupted": False}
+            summary |= {"final": figures(accuracy), "best": figures(accuracy + 0.01)}
             (table / f"{row}-seed{seed}.json").write_text(json.dumps(summary))
     return table
 
@@ -89,7 +90,8 @@ def interval(low, high):
         ((0.1, 0.2), (-0.2, -0.1), "contradictory"),
         ((-0.2, -0.1), (0.1, 0.2), "contradictory"),
         ((-0.1, 0.2), (-0.1, 0.2), "not shown"),
-        ((-0.1, 0.2), (-0.2, -0.1), "not shown"),
+        ((-0.1, 0.2), (-0.2, -0.1), "not shown: worse in the best round"),
+        ((-0.2, -0.1), (-0.1, 0.2), "not shown: worse at the end"),
         ((0.0, 0.0), (0.1, 0.2), "holds in part: in the best round"),
     ],
 )
@@ -150,6 +152,16 @@ def test_everything_wrong_in_a_description_is_said_at_once(table):
     ):
         assert any(expected in line for line in said), said
     assert all(str(table / "table.toml") in line for line in said)
+
+
+def test_a_kept_run_of_another_row_is_refused(kept):
+    """It would count as a run of the row that it is named after."""
+    (kept / "dense-seed1.json").replace(kept / "sparse-seed1.json")
+    summary = json.loads((kept / "dense-seed0.json").read_text())
+    (kept / "dense-seed0.json").write_text(json.dumps(summary | {"rounds": 5}))
+    said = "\n".join(problems(kept))
+    assert "sparse-seed1.json ran with method.plugin = 'fedavg', but sparse.toml has 'pffdst'" in said
+    assert "dense-seed0.json ran with federation.rounds = 5, but dense.toml has 4" in said
 
 
 def test_kept_files_that_are_no_finished_runs_of_rows_are_refused(kept):
