@@ -20,10 +20,9 @@ CURVES = "curves.png"
 WIDTH = 120  # of prose in a page
 MARKS = "<!-- claims: written by `fedsparse reproduce --write` -->", "<!-- end of claims -->"
 """The list of all claims lies between these lines of the project's README."""
-_MAKING = (
-    "The whole table, then one run of one row. `/data` stands for the folder of the data set as torchvision",
-    "reads it; `--set task.download=true` fetches it.",
-)
+_MAKING = """\
+The whole table, one run of one row, and the curves of the runs. `/data` stands for the folder of the data set as
+torchvision reads it; `--set task.download=true` fetches it."""
 DIFFERENCES = "Differences are in points, paired by seed, with Student's 95 % interval."
 
 
@@ -111,18 +110,19 @@ def page(table: Table) -> str:
     if told.claim:
         section = claims(table)
         lines += ["", f"## {section.title}", "", *table_lines(section), "", section.note]
-    lines += ["", "## Make it again", "", *_MAKING, "", "```sh"]
+    lines += ["", "## Make it again", "", _MAKING, "", "```sh"]
     lines += [*commands(table), "```"]
     return "\n".join(lines) + "\n"
 
 
 def commands(table: Table) -> list[str]:
-    """What makes the table again, and its first row's first run."""
+    """What makes the table again, one run of it, and its curves."""
     row = next((row for row in table.presets if table.kept.get(row)), table.presets[0])
-    data = "--set task.data_root=/data"
+    data, accuracy = "--set task.data_root=/data", table.description.metric.removesuffix("_accuracy")
     return [
         f"fedsparse reproduce {shlex.quote(table.called)} {data}",
         f"fedsparse run --config {shlex.quote(table.reference(row))} --seed {table.seeds[0]} {data}",
+        f"fedsparse report runs/{shlex.quote(table.name)}/*-seed* --accuracy {accuracy} --out report",
     ]
 
 
