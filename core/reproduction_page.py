@@ -21,8 +21,8 @@ WIDTH = 120  # of prose in a page
 MARKS = "<!-- claims: written by `fedsparse reproduce --write` -->", "<!-- end of claims -->"
 """The list of all claims lies between these lines of the project's README."""
 _MAKING = """\
-The whole table, one run of one row, and the curves of the runs. `/data` stands for the folder of the data set as
-torchvision reads it; `--set task.download=true` fetches it."""
+The whole table, one run of one row, and the curves of the runs. `/data` stands for the folder of the data set
+as torchvision reads it; `--set task.download=true` fetches it."""
 DIFFERENCES = "Differences are in points, paired by seed, with Student's 95 % interval."
 
 
