@@ -84,3 +84,25 @@ def test_values_under_a_transform_are_not_readable() -> None:
     torch.func.grad(look)(x)
     look(x)
     assert seen == [False, False, True]
+
+
+@pytest.mark.parametrize("size", [5000, 50_000])
+@pytest.mark.parametrize("own", [True, False], ids=["own k", "one k"])
+def test_stacked_clients_are_ranked_each_by_itself(size: int, own: bool) -> None:
+    """Under vmap, and under grad within it, as local steps of stacked clients call it."""
+    clients = torch.stack([drawn("normal", size), drawn("many zeros", size), drawn("few values", size)])
+    counts = torch.tensor([1, size // 3, size]) if own else torch.full((3,), 17)
+    ordered = clients.sort(dim=1, descending=True).values
+    expected = ordered.gather(1, (counts - 1)[:, None])[:, 0]
+
+    def scaled(values: torch.Tensor, k: torch.Tensor | int) -> torch.Tensor:
+        return (values * kth_largest(values, k)).sum()
+
+    if own:
+        found = torch.func.vmap(kth_largest)(clients, counts)
+        slopes = torch.func.vmap(torch.func.grad(scaled))(clients, counts)
+    else:
+        found = torch.func.vmap(lambda values: kth_largest(values, 17))(clients)
+        slopes = torch.func.vmap(torch.func.grad(lambda values: scaled(values, 17)))(clients)
+    assert torch.equal(found, expected)
+    assert torch.equal(slopes, expected[:, None].expand_as(clients))  # the rank itself has no gradient
