@@ -502,7 +502,7 @@ def test_presets_of_the_papers_tables(preset):
     assert batch in (None, made.config.federation.batch_size)
     if preset.startswith(RESNETS):
         table, row = preset.split("/")
-        method, rounds = row.split("-")
+        method, *_, rounds = row.split("-")
         federation = made.config.federation
         assert made.config.method.plugin == method
         assert (federation.rounds, federation.local_epochs) == (int(rounds), 3 if method == "feddst" else 2)
