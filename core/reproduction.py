@@ -6,6 +6,7 @@ A table is a folder: `table.toml` describes it (`Description`), `ROW.toml` are t
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 import statistics
@@ -54,6 +55,14 @@ class Claim(_Table):
     note: str = Field("", description="why it does not hold, where it does not")
 
 
+class Picture(_Table):
+    """A picture of a report on runs of the table, kept beside it."""
+
+    file: str = Field(pattern=r"^[\w+.-]+\.png$", description="name of the PNG, as the report called it")
+    says: str = Field(min_length=1, description="what it shows")
+    runs: tuple[str, ...] = Field(("*",), min_length=1, description="patterns of the rows that are drawn")
+
+
 class Description(_Table):
     """What `table.toml` says."""
 
@@ -63,6 +72,7 @@ class Description(_Table):
     metric: Literal["client_accuracy", "test_accuracy"] = Field(description="the figure that is compared")
     row: tuple[Row, ...] = Field(min_length=1)
     claim: tuple[Claim, ...] = ()
+    picture: tuple[Picture, ...] = ()
 
 
 class Figures(BaseModel):
@@ -194,7 +204,7 @@ def _load(folder: Path, *, shipped: bool) -> Table:
 
 
 def _wrong_names(raw: Mapping[str, Any], folder: Path) -> list[Problem]:
-    """Rows without a preset or given twice, and claims about rows that are not there."""
+    """Rows without a preset or given twice, claims about rows that are not there, and missing pictures."""
     rows = [(place, text) for place, text in _texts(raw.get("row"), "preset")]
     names = [text for _, text in rows]
     problems = []
@@ -216,6 +226,18 @@ def _wrong_names(raw: Mapping[str, Any], folder: Path) -> list[Problem]:
     for number, claim in enumerate(claims if isinstance(claims, list) else []):
         if isinstance(claim, dict) and "better" in claim and claim["better"] == claim.get("than"):
             problems.append(Problem(f"claim.{number}", "better and than are the same row"))
+    problems += [
+        Problem(f"picture.{place}", f"there is no {name} beside it; a report on the runs draws it")
+        for place, name in _texts(raw.get("picture"), "file")
+        if not (folder / name).is_file()
+    ]
+    for number, picture in enumerate(pictures if isinstance(pictures := raw.get("picture"), list) else []):
+        runs = picture.get("runs") if isinstance(picture, dict) else None
+        problems += [
+            Problem(f"picture.{number}.runs", f"{pattern!r} matches no row. {nearest(pattern, set(names))}")
+            for pattern in (runs if isinstance(runs, list) else [])
+            if isinstance(pattern, str) and not fnmatch.filter(names, pattern)
+        ]
     return problems
 
 

@@ -16,13 +16,14 @@ from .disk import replace
 from .reproduction import PAPERS, Judged, Measured, Row, Runs, Table, judged, measured
 
 PAGE = "README.md"
-CURVES = "curves.png"
+CARD = "{row}-card.md"
+"""A run card of a row, kept beside its preset."""
 WIDTH = 120  # of prose in a page
 MARKS = "<!-- claims: written by `fedsparse reproduce --write` -->", "<!-- end of claims -->"
 """The list of all claims lies between these lines of the project's README."""
 _MAKING = """\
-The whole table, one run of one row, and the curves of the runs. `/data` stands for the folder of the data set
-as torchvision reads it; `--set task.download=true` fetches it."""
+The whole table, one run of one row, pictures of runs, and a run's card. `/data` stands for the folder of the
+data set as torchvision reads it; `--set task.download=true` fetches it."""
 DIFFERENCES = "Differences are in points, paired by seed, with Student's 95 % interval."
 
 
@@ -45,14 +46,18 @@ def rows(table: Table, own: Own | None = None, linked: bool = False) -> list[Sec
     sections = []
     for group, members in groups.items():
         cells = [_cells(table, row, own) for row in members]
-        names = [
-            (row.label, f"[`{row.preset}`]({row.preset}.toml)" if linked else row.preset) for row in members
-        ]
+        names = [(row.label, _links(table, row) if linked else row.preset) for row in members]
         more = [(row.published,) if published else () for row in members]
         headings = ("", "preset", *_headings(own is not None), *(("published",) if published else ()))
         found = [(*name, *cell, *text) for name, cell, text in zip(names, cells, more, strict=True)]
         sections.append(Section(group, headings, found))
     return sections
+
+
+def _links(table: Table, row: Row) -> str:
+    card = CARD.format(row=row.preset)
+    more = f" ([card]({card}))" if (table.folder / card).is_file() else ""
+    return f"[`{row.preset}`]({row.preset}.toml){more}"
 
 
 def rows_note(table: Table) -> str:
@@ -105,8 +110,8 @@ def page(table: Table) -> str:
     for section in rows(table, linked=True):
         lines += ["", f"## {section.title or 'Rows'}", "", *table_lines(section)]
     lines += ["", *textwrap.wrap(rows_note(table), WIDTH)]
-    if (table.folder / CURVES).is_file():
-        lines += ["", f"![Curves]({CURVES})"]
+    for picture in told.picture:
+        lines += ["", f"![{picture.says}]({picture.file})", "", *textwrap.wrap(picture.says, WIDTH)]
     if told.claim:
         section = claims(table)
         lines += ["", f"## {section.title}", "", *table_lines(section), "", section.note]
@@ -116,13 +121,20 @@ def page(table: Table) -> str:
 
 
 def commands(table: Table) -> list[str]:
-    """What makes the table again, one run of it, and its curves."""
+    """What makes the table again, one run of it, its pictures and a card."""
     row = next((row for row in table.presets if table.kept.get(row)), table.presets[0])
     data, accuracy = "--set task.data_root=/data", table.description.metric.removesuffix("_accuracy")
+    runs = f"runs/{shlex.quote(table.name)}"
+    reports = dict.fromkeys(picture.runs for picture in table.description.picture) or {("*",): None}
     return [
         f"fedsparse reproduce {shlex.quote(table.called)} {data}",
         f"fedsparse run --config {shlex.quote(table.reference(row))} --seed {table.seeds[0]} {data}",
-        f"fedsparse report runs/{shlex.quote(table.name)}/*-seed* --accuracy {accuracy} --out report",
+        *(
+            f"fedsparse report {' '.join(f'{runs}/{rows}-seed*' for rows in drawn)} --accuracy {accuracy} "
+            f"--out report{number or ''}"
+            for number, drawn in enumerate(reports)
+        ),
+        f"fedsparse card {runs}/{shlex.quote(f'{row}-seed{table.seeds[0]}')} --markdown",
     ]
 
 

@@ -59,7 +59,8 @@ def draw(groups: Sequence[Group]) -> Figures:
     Raises RunError where matplotlib is missing, or if a file of a run is damaged.
     """
     require_matplotlib()
-    accuracy = Panel("test accuracy (fraction)", lambda run: column(run, "test_accuracy"), stepped=False)
+    pooled = Panel("test accuracy, pooled", lambda run: column(run, "test_accuracy"), stepped=False)
+    clients = Panel("client accuracy, mean", lambda run: column(run, "client_accuracy"), stepped=False)
     sparsity = Panel("sparsity (fraction)", lambda run: column(run, "sparsity"), (0, 1))
     frozen = Panel("frozen fraction", lambda run: column(run, "frozen_fraction"), (0, 1))
     overlap = Panel("mask IoU (0 to 1)", lambda run: column(run, "mask_iou"), (0, 1))
@@ -69,17 +70,18 @@ def draw(groups: Sequence[Group]) -> Figures:
     planned: list[tuple[str, str, str, tuple[Panel, ...], bool]] = [
         (
             "accuracy-rounds",
-            "Test accuracy against rounds",
-            f"On the pooled test set, a point an evaluation. {BAND}",
-            (accuracy,),
+            "Accuracy against rounds",
+            "Fractions, on the pooled test set and as the mean over clients' own; a point an evaluation. "
+            f"{BAND}",
+            (pooled, clients),
             False,
         ),
         (
             "accuracy-megabytes",
-            "Test accuracy against megabytes",
+            "Accuracy against megabytes",
             "The same against what all clients have sent and received; a point is the seeds' mean accuracy "
             f"at their mean megabytes. {BAND}",
-            (accuracy,),
+            (pooled, clients),
             True,
         ),
         (

@@ -117,7 +117,7 @@ def test_what_runs_lack_is_left_out_and_said(made, figures):
     groups = grouped([Result.load(made("a", [None, None])), Result.load(made("b", [], plugin="beta"))])
     drawn = figures.draw(groups)
     assert {picture.name for picture in drawn.pictures} == {"sparsity", "masks", "traffic"}
-    left_out = ["Test accuracy", "Test accuracy", "Density by layer", "Overlap", "Upload by kind", "Labels"]
+    left_out = ["Accuracy", "Accuracy", "Density by layer", "Overlap", "Upload by kind", "Labels"]
     assert all(note.startswith(what) for note, what in zip(drawn.notes, left_out, strict=True))
     nothing = figures.draw(groups[1:])
     assert nothing.pictures == ()

@@ -126,9 +126,29 @@ def test_the_page_has_each_seed_the_spread_and_the_verdict(kept):
     assert f"| sparse beats dense | {both} | {both} | 3 | holds |" in said
     assert "* sparse beats dense: for a reason" in said
     assert "fedsparse run --config mine/sparse.toml --seed 0 --set task.data_root=/data" in said
-    assert "![Curves](curves.png)" not in said
-    (kept / "curves.png").touch()
-    assert "![Curves](curves.png)" in page(load(str(kept)))
+
+
+def test_the_page_shows_pictures_and_cards_and_how_they_are_made(kept):
+    before = page(load(str(kept)))
+    assert "fedsparse report runs/mine/*-seed* --accuracy client --out report" in before
+    assert "fedsparse card runs/mine/sparse-seed0 --markdown" in before
+    described = '[[picture]]\nfile = "masks.png"\nsays = "How masks move"\nruns = ["sp*", "dense"]\n'
+    (kept / "table.toml").write_text(f"{TABLE}\n{described}")
+    (kept / "masks.png").touch()
+    (kept / "sparse-card.md").touch()
+    after = page(load(str(kept)))
+    assert "![How masks move](masks.png)" in after
+    assert "| [`sparse`](sparse.toml) ([card](sparse-card.md)) |" in after
+    assert "| [`dense`](dense.toml) |" in after
+    drawn = "runs/mine/sp*-seed* runs/mine/dense-seed*"
+    assert f"fedsparse report {drawn} --accuracy client --out report" in after
+
+
+def test_a_picture_that_is_missing_or_of_no_row_is_refused(kept):
+    (kept / "table.toml").write_text(f'{TABLE}\n[[picture]]\nfile = "a.png"\nsays = "A"\nruns = ["spare"]\n')
+    said = problems(kept)
+    assert any("picture.0.file: there is no a.png beside it" in line for line in said), said
+    assert any("'spare' matches no row. Did you mean 'sparse'?" in line for line in said), said
 
 
 def test_what_was_published_is_a_column_only_if_a_row_has_it(kept):
