@@ -7,7 +7,7 @@ import pytest
 
 from fedsparse.core import reproduction
 from fedsparse.core.reproduction import judged, load, shipped
-from fedsparse.core.reproduction_page import PAGE, page, with_claims
+from fedsparse.core.reproduction_page import CARD, PAGE, page, with_claims
 from fedsparse.core.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -55,3 +55,17 @@ def test_a_note_stands_beside_a_claim_that_falls_short_only(table):
     for claim in table.description.claim:
         made = judged(claim, table.kept, table.description.metric)
         assert not claim.note or (made.seeds and made.verdict != "holds"), claim.says
+
+
+CARDS = [(table, path) for table in TABLES for path in sorted(table.folder.glob("*-card.md"))]
+
+
+@pytest.mark.parametrize(("table", "path"), CARDS, ids=lambda value: getattr(value, "name", str(value)))
+def test_a_card_is_of_the_first_kept_run_of_its_row(table, path):
+    row = path.name.removesuffix("-card.md")
+    assert CARD.format(row=row) == path.name
+    seed, run = next(iter(table.kept[row].items()))
+    said = path.read_text(encoding="utf-8").splitlines()
+    assert said[0] == f"# Run runs/{table.name}/{row}-seed{seed}"
+    figures = " | ".join(f"{found.client_accuracy:.4f}" for found in (run.final, run.best))
+    assert f"| client accuracy (mean) | {figures} |" in said
