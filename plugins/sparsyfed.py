@@ -32,6 +32,7 @@ from ..core.hookspecs import hookimpl
 from ..core.loss import ClientLoss
 from ..core.method import Method
 from ..core.part import Part
+from ..core.powers import power
 from ..core.state import Aggregated, Batch, Carry, Masks, Memory, Params, Stepped, Sums
 from .fedavg import MaskedSgd
 from .topk import FullMask, GlobalTopK, PlainMean
@@ -93,7 +94,7 @@ class PoweredSgd(Part):
         weight_decay: float,
     ) -> Stepped:
         exponents = carry.state["exponent"]  # those of the download, the whole round
-        scales = {name: params[name].abs().pow(beta - 1) for name, beta in exponents.items()}
+        scales = {name: power(params[name].abs(), beta - 1) for name, beta in exponents.items()}
         if self.spectral:  # where β is 1, 0 to the power of 0 is 1: a weight that is 0 has no gradient
             scales = {name: scale * params[name].sign().abs() for name, scale in scales.items()}
         weights = params | {name: params[name] * scale for name, scale in scales.items()}
@@ -103,7 +104,7 @@ class PoweredSgd(Part):
         else:
             value, grads, carry = loss.bare.value_and_grad(weights, carry, batch)
         # the chain rule, by hand because it needs the same powers
-        grads |= {name: grads[name] * (scales[name] * beta) for name, beta in exponents.items()}
+        grads |= {name: grads[name].mul_(scales[name].mul_(beta)) for name, beta in exponents.items()}
         penalty, pull = loss.penalty(params)
         grads |= {name: grads[name] + pulled for name, pulled in pull.items()}
         params, state = optim.sgd(params, grads, carry.state, trainable, lr, momentum, weight_decay)
