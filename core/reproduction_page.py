@@ -148,10 +148,12 @@ def claims_of(tables: Sequence[Table]) -> str:
         folder = f"configs/papers/{table.name}" if table.shipped else str(table.folder)
         link = f"[{table.name}]({folder})"
         made = [
-            (claim.says, judged(claim, table.kept, table.description.metric))
-            for claim in table.description.claim
+            (claim, judged(claim, table.kept, table.description.metric)) for claim in table.description.claim
         ]
-        found += [(says, link, *_judged(each)) for says, each in made if each.seeds]
+        for claim, each in made:
+            *figures, verdict = _judged(each)
+            reason = f". {claim.note[0].upper()}{claim.note[1:]}" if claim.note else ""
+            found += [(claim.says, link, *figures, f"{verdict}{reason}")] if each.seeds else []
         count = sum(not each.seeds for _, each in made)
         waiting += [f"{count} of {link}"] if count else []
     headings = ("claim", "table", "at the end", "in the best round", "pairs", "verdict")
