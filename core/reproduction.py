@@ -27,6 +27,7 @@ PAPERS = Path(__file__).parents[1] / "configs" / "papers"
 FILE = "table.toml"
 RECORD = "reproduction.json"
 """In a folder of runs: whose rows they are."""
+NOT_RUN = "not run"
 SEEDS = (0, 1, 2)
 """Of a table that keeps no run."""
 CONDITIONS = ("task.data_root", "task.download", "execution.", "output.")
@@ -47,12 +48,13 @@ class Row(_Table):
 
 
 class Claim(_Table):
-    """A claim of the paper: one row is better than another."""
+    """A claim, the paper's or the table's own: one row is better than another."""
 
     says: str = Field(min_length=1)
+    by: Literal["paper", "us"] = Field("paper", description="whose claim it is")
     better: str = Field(description="preset of the row that should have more")
     than: str = Field(description="preset of the row that should have less")
-    note: str = Field("", description="why it does not hold, where it does not")
+    note: str = Field("", description="why it does not hold, where it does not, or what limits it")
 
 
 class Picture(_Table):
@@ -70,6 +72,11 @@ class Description(_Table):
     about: str = Field(min_length=1, description="paragraphs, an empty line between them")
     source: str = Field(min_length=1, description="where it was published")
     metric: Literal["client_accuracy", "test_accuracy"] = Field(description="the figure that is compared")
+    judged: Literal["both", "end"] = Field(
+        "both",
+        description="where claims are judged: at the end and in the best round, or at the end alone, as "
+        "where networks grow sparser all the time",
+    )
     row: tuple[Row, ...] = Field(min_length=1)
     claim: tuple[Claim, ...] = ()
     picture: tuple[Picture, ...] = ()
@@ -85,6 +92,7 @@ class Figures(BaseModel):
     upload_bytes_total: float
     download_bytes_total: float
     flops_total: float
+    sparsity: float
 
 
 class Summary(BaseModel):
@@ -367,7 +375,7 @@ def finished(trials: Sequence[Trial], out: Path) -> Runs:
 class Measured:
     """A row's runs: the metric by seed, after the last round and after that of best test accuracy.
 
-    Bytes and FLOPs are means a run, to its end.
+    Bytes, FLOPs and sparsities are means a run: to its end, at its end, and in its best round.
     """
 
     seeds: tuple[int, ...]
@@ -376,6 +384,8 @@ class Measured:
     upload_bytes: float
     download_bytes: float
     flops: float
+    sparsity: float
+    best_sparsity: float
 
     def spreads(self) -> dict[str, Spread]:
         return {"final": spread(self.final), "best": spread(self.best)}
@@ -383,7 +393,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim over the seeds that both of its rows have; differences are fractions, None without a pair."""
+    """A claim over the seeds that both of its rows have; differences are fractions.
+
+    None without a pair, and in the best round where only the end counts.
+    """
 
     seeds: tuple[int, ...]
     final: Interval | None
@@ -403,15 +416,18 @@ def measured(runs: Mapping[int, Summary], metric: str) -> Measured | None:
         statistics.fmean(end.upload_bytes_total for end in ends),
         statistics.fmean(end.download_bytes_total for end in ends),
         statistics.fmean(end.flops_total for end in ends),
+        statistics.fmean(end.sparsity for end in ends),
+        statistics.fmean(run.best.sparsity for run in runs.values()),
     )
 
 
-def judged(claim: Claim, runs: Runs, metric: str) -> Judged:
+def judged(claim: Claim, runs: Runs, told: Description) -> Judged:
     """The claim's differences, paired by seed with Student's 95 % interval, and what they come to."""
+    metric = told.metric
     better, than = runs.get(claim.better, {}), runs.get(claim.than, {})
     seeds = tuple(seed for seed in better if seed in than)
     if not seeds:
-        return Judged((), None, None, "not run" if not (better and than) else "no seed in common: no verdict")
+        return Judged((), None, None, NOT_RUN if not (better and than) else "no seed in common: no verdict")
 
     def difference(which: Literal["final", "best"]) -> Interval:
         return paired(
@@ -421,13 +437,13 @@ def judged(claim: Claim, runs: Runs, metric: str) -> Judged:
             ]
         )
 
-    final, best = difference("final"), difference("best")
+    final, best = difference("final"), difference("best") if told.judged == "both" else None
     return Judged(seeds, final, best, verdict(final, best))
 
 
-def verdict(final: Interval, best: Interval) -> str:
-    """What two differences say of a claim that they are positive: at the end, and in the best round."""
-    signs = _sign(final), _sign(best)
+def verdict(final: Interval, best: Interval | None) -> str:
+    """What differences at the end, and in the best round if it counts, say of a claim that they are positive."""
+    signs = _sign(final), _sign(final if best is None else best)
     if None in signs:
         return "one seed only: no verdict"
     match signs:

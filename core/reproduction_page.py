@@ -13,9 +13,11 @@ from .ablation import Interval, Spread
 from .card import Section, table_lines
 from .config import toml_value
 from .disk import replace
-from .reproduction import PAPERS, Judged, Measured, Row, Runs, Table, judged, measured
+from .errors import RunError
+from .reproduction import NOT_RUN, PAPERS, Judged, Measured, Row, Runs, Table, judged, measured
 
 PAGE = "README.md"
+WRITTEN = "<!-- written by `fedsparse reproduce --write"
 CARD = "{row}-card.md"
 """A run card of a row, kept beside its preset."""
 WIDTH = 120  # of prose in a page
@@ -24,7 +26,10 @@ MARKS = "<!-- claims: written by `fedsparse reproduce --write` -->", "<!-- end o
 _MAKING = """\
 The whole table, one run of one row, pictures of runs, and a run's card. `/data` stands for the folder of the
 data set as torchvision reads it; `--set task.download=true` fetches it."""
+BY = {"paper": "the paper", "us": "us"}
 DIFFERENCES = "Differences are in points, paired by seed, with Student's 95 % interval."
+
+AT_THE_END = "Claims are judged at the end: networks grow sparser until then, and a best round may be denser."
 
 
 class Own(NamedTuple):
@@ -66,7 +71,8 @@ def rows_note(table: Table) -> str:
     return (
         f"{metric[table.description.metric]} in %: mean ± sample standard deviation over seeds, in brackets "
         "each seed's, from the lowest seed on. The best round is that of the best test accuracy, chosen on "
-        "the test set. MB and TFLOPs are means a run."
+        "the test set. Sparsity is the model's at the end, in brackets that in the best round if it differs. "
+        "Sparsity, MB and TFLOPs are means a run."
     )
 
 
@@ -82,17 +88,17 @@ def changes(own: Own) -> str:
 
 def claims(table: Table, own: Own | None = None) -> Section:
     """The claims with their differences and verdicts; with one's own runs, those and the kept verdict."""
-    metric, runs = table.description.metric, table.kept if own is None else own.runs
+    told, runs = table.description, table.kept if own is None else own.runs
     found = []
-    for claim in table.description.claim:
-        kept = judged(claim, table.kept, metric)
-        mine = judged(claim, runs, metric)
-        found.append((claim.says, *_judged(mine), *([] if own is None else [kept.verdict])))
-    headings: tuple[str, ...] = ("claim", "at the end", "in the best round", "pairs", "verdict")
+    for claim in told.claim:
+        kept, mine = judged(claim, table.kept, told), judged(claim, runs, told)
+        found.append((claim.says, BY[claim.by], *_judged(mine), *([] if own is None else [kept.verdict])))
+    headings: tuple[str, ...] = ("claim", "by", "at the end", "in the best round", "pairs", "verdict")
     notes = [f"* {claim.says}: {claim.note}" for claim in table.description.claim if claim.note]
     if own is not None:
         headings, notes = (*headings, "verdict, kept"), []  # they explain the kept runs
-    note = f"{DIFFERENCES}\n\n" + "\n".join(notes) if notes else DIFFERENCES
+    said = DIFFERENCES if told.judged == "both" else f"{DIFFERENCES} {AT_THE_END}"
+    note = f"{said}\n\n" + "\n".join(notes) if notes else said
     return Section("Claims", headings, found, note)
 
 
@@ -100,7 +106,7 @@ def page(table: Table) -> str:
     """The table's page, from what is kept."""
     told = table.description
     lines = [
-        f"<!-- written by `fedsparse reproduce --write {table.called}` from table.toml and the kept runs -->",
+        f"{WRITTEN} {table.called}` from table.toml and the kept runs -->",
         f"# {told.title}",
         "",
         told.about.strip(),
@@ -141,22 +147,21 @@ def commands(table: Table) -> list[str]:
 def claims_of(tables: Sequence[Table]) -> str:
     """All claims of tables as one list in Markdown, each linked to its table below the project's folder.
 
-    Claims of which no pair of runs is kept are counted in a line below it.
+    Claims of which one row or both were not run are counted in a line below it.
     """
     found, waiting = [], []
     for table in tables:
         folder = f"configs/papers/{table.name}" if table.shipped else str(table.folder)
         link = f"[{table.name}]({folder})"
-        made = [
-            (claim, judged(claim, table.kept, table.description.metric)) for claim in table.description.claim
-        ]
+        made = [(claim, judged(claim, table.kept, table.description)) for claim in table.description.claim]
         for claim, each in made:
             *figures, verdict = _judged(each)
             reason = f". {claim.note[0].upper()}{claim.note[1:]}" if claim.note else ""
-            found += [(claim.says, link, *figures, f"{verdict}{reason}")] if each.seeds else []
-        count = sum(not each.seeds for _, each in made)
+            line = (claim.says, BY[claim.by], link, *figures, f"{verdict}{reason}")
+            found += [line] if verdict != NOT_RUN else []
+        count = sum(each.verdict == NOT_RUN for _, each in made)
         waiting += [f"{count} of {link}"] if count else []
-    headings = ("claim", "table", "at the end", "in the best round", "pairs", "verdict")
+    headings = ("claim", "by", "table", "at the end", "in the best round", "pairs", "verdict")
     lines = table_lines(Section("", headings, found)) if found else []
     if waiting:
         said = f"Claims not run yet: {', '.join(waiting)}."
@@ -176,12 +181,15 @@ def with_claims(readme: str, tables: Sequence[Table]) -> str:
 def write(tables: Sequence[Table], every: Sequence[Table]) -> list[Path]:
     """Writes the tables' pages and, in a checkout, the README's list of the claims of `every` shipped table.
 
-    The files that were written. Raises DiskError.
+    The files that were written. Raises DiskError, and RunError for a page that somebody else wrote.
     """
     texts = {table.folder / PAGE: page(table) for table in tables}
     readme = PAPERS.parents[1] / PAGE
     if readme.is_file() and any(table.shipped for table in tables):  # no wheel has one
         texts[readme] = with_claims(readme.read_text(encoding="utf-8"), every)
+    for path in texts.keys() - {readme}:
+        if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN):
+            raise RunError(f"{path} is not a page that this command wrote; move it, or rename it")
     for path, text in texts.items():
         replace(path, lambda fresh, text=text: fresh.write_text(text, encoding="utf-8"))  # type: ignore[misc]
     return list(texts)
@@ -202,7 +210,7 @@ def plain(table: Table, own: Own | None = None) -> dict[str, Any]:
         ],
         "claims": [
             claim.model_dump()
-            | {what: dataclasses.asdict(judged(claim, runs, told.metric)) for what, runs in sources.items()}
+            | {what: dataclasses.asdict(judged(claim, runs, told)) for what, runs in sources.items()}
             for claim in told.claim
         ],
     }
@@ -218,7 +226,7 @@ def _plain_row(runs: Runs, row: Row, metric: str) -> dict[str, Any] | None:
 
 
 def _headings(with_own: bool) -> tuple[str, ...]:
-    names = ("seeds", "at the end", "in the best round", "MB up + down", "TFLOPs")
+    names = ("seeds", "at the end", "in the best round", "sparsity", "MB up + down", "TFLOPs")
     if not with_own:
         return names
     return tuple(f"{name}{which}" for name in names for which in ("", ", kept"))
@@ -234,9 +242,9 @@ def _cells(table: Table, row: Row, own: Own | None) -> tuple[str, ...]:
 
 
 def _figures(found: Measured | None, values: bool) -> tuple[str, ...]:
-    """Seeds, the metric at the end and in the best round, MB, TFLOPs."""
+    """Seeds, the metric at the end and in the best round, sparsity, MB, TFLOPs."""
     if found is None:
-        return "0", "not run", "", "", ""
+        return "0", NOT_RUN, "", "", "", ""
     count, spreads = len(found.seeds), found.spreads()
     seeds = (
         str(count)
@@ -247,9 +255,15 @@ def _figures(found: Measured | None, values: bool) -> tuple[str, ...]:
         seeds,
         _accuracy(spreads["final"], found.final if values else ()),
         _accuracy(spreads["best"], found.best if values else ()),
+        _sparsities(found.sparsity, found.best_sparsity),
         _amount((found.upload_bytes + found.download_bytes) / 1e6),
         _amount(found.flops / 1e12),
     )
+
+
+def _sparsities(end: float, best: float) -> str:
+    """At the end and, where it is another, in the best round."""
+    return f"{end:.3f}" if f"{end:.3f}" == f"{best:.3f}" else f"{end:.3f} ({best:.3f})"
 
 
 def _accuracy(found: Spread, values: Sequence[float]) -> str:

@@ -11,8 +11,8 @@ import pytest
 from fedsparse.core import ablation, reproduction, runner
 from fedsparse.core.ablation import Interval, paired
 from fedsparse.core.errors import ConfigError
-from fedsparse.core.reproduction import load, verdict
-from fedsparse.core.reproduction_page import page, plain
+from fedsparse.core.reproduction import judged, load, verdict
+from fedsparse.core.reproduction_page import claims_of, page, plain
 
 PRESET = '# tiny\n[method]\nplugin = "{plugin}"\n[federation]\nrounds = 4\nlocal_epochs = 1\n'
 TABLE = """
@@ -45,6 +45,7 @@ def figures(accuracy):
         "upload_bytes_total": 2_000_000,
         "download_bytes_total": 3_000_000,
         "flops_total": 1.5e12,
+        "sparsity": 0.8,
     }
 
 
@@ -120,12 +121,54 @@ def test_differences_are_paired_by_the_seeds_that_both_rows_have(kept):
 def test_the_page_has_each_seed_the_spread_and_the_verdict(kept):
     said = page(load(str(kept))).splitlines()
     last, best = "43.7 ± 3.3 (44.2, 46.7, 40.1)", "44.7 ± 3.3 (45.2, 47.7, 41.1)"
-    assert f"| PFFDST | [`sparse`](sparse.toml) | 3 | {last} | {best} | 5.00 | 1.50 | 44.1 ± 1.0 |" in said
+    assert (
+        f"| PFFDST | [`sparse`](sparse.toml) | 3 | {last} | {best} | 0.800 | 5.00 | 1.50 | 44.1 ± 1.0 |"
+        in said
+    )
     assert said.index("## Sparse") < said.index("## Rows")
     both = "+12.4 [+3.6, +21.3]"
-    assert f"| sparse beats dense | {both} | {both} | 3 | holds |" in said
+    assert f"| sparse beats dense | the paper | {both} | {both} | 3 | holds |" in said
     assert "* sparse beats dense: for a reason" in said
     assert "fedsparse run --config mine/sparse.toml --seed 0 --set task.data_root=/data" in said
+
+
+def test_where_networks_grow_sparser_only_the_end_counts(kept):
+    """A best round with a denser model is another network than the row names."""
+    for row, accuracies in ACCURACIES.items():
+        for seed, accuracy in enumerate(accuracies):
+            path = kept / f"{row}-seed{seed}.json"
+            summary = json.loads(path.read_text())
+            summary["best"] = figures(0.5 - accuracy) | {"sparsity": 0.3}
+            path.write_text(json.dumps(summary))
+    assert judged_of(kept).verdict == "contradictory"
+    (kept / "table.toml").write_text(f'judged = "end"\n{TABLE}')
+    found = judged_of(kept)
+    assert (found.best, found.verdict) == (None, "holds")
+    said = page(load(str(kept)))
+    assert "| 0.800 (0.300) |" in said
+    assert "Claims are judged at the end" in said
+
+
+def test_claims_whose_rows_share_no_seed_are_listed_with_that_verdict(kept):
+    for seed in (1, 2):
+        (kept / f"sparse-seed{seed}.json").unlink()
+    (kept / "dense-seed0.json").unlink()
+    said = claims_of([load(str(kept))])
+    assert "| no seed in common: no verdict. For a reason |" in said
+    assert "not run yet" not in said
+
+
+def test_a_page_that_somebody_else_wrote_is_not_overwritten(kept, cli):
+    (kept / "README.md").write_text("My notes\n")
+    result = cli("reproduce", "--write", str(kept))
+    assert result.exit_code != 0
+    assert "README.md is not a page that this command wrote" in result.output
+    assert (kept / "README.md").read_text() == "My notes\n"
+
+
+def judged_of(folder):
+    table = load(str(folder))
+    return judged(table.description.claim[0], table.kept, table.description)
 
 
 def test_the_page_shows_pictures_and_cards_and_how_they_are_made(kept):
