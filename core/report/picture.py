@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -65,12 +63,10 @@ def balanced(count: int, columns: int) -> int:
 
 def png(figure: Figure) -> bytes:
     """The figure's file, drawn inside its `canvas`: in 256 colours, which take a third of the bytes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    drawn = FigureCanvasAgg(figure)
-    drawn.draw()
-    pixels = Image.fromarray(np.asarray(drawn.buffer_rgba())).convert("RGB")
-    file = io.BytesIO()
-    pixels.quantize(256, dither=Image.Dither.NONE).save(file, "png", optimize=True, dpi=(DPI, DPI))
+    drawn, file = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    pixels = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    pixels.save(file, "png", optimize=True, dpi=(DPI, DPI))
     return file.getvalue()
