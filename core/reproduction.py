@@ -442,7 +442,7 @@ def judged(claim: Claim, runs: Runs, told: Description) -> Judged:
 
 
 def verdict(final: Interval, best: Interval | None) -> str:
-    """What the differences say of a claim that they are positive; `best` is None where only the end counts."""
+    """What the differences say of a claim that they are positive; no `best` where only the end counts."""
     signs = _sign(final), _sign(final if best is None else best)
     if None in signs:
         return "one seed only: no verdict"

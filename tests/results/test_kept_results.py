@@ -58,7 +58,8 @@ def test_the_readme_lists_every_claim_with_its_verdict():
 def test_every_claim_that_falls_short_says_why(table):
     for claim in table.description.claim:
         made = judged(claim, table.kept, table.description)
-        assert claim.note or made.verdict in ("holds", NOT_RUN), claim.says
+        said = made.verdict in ("holds", NOT_RUN) or made.verdict.endswith("no verdict")
+        assert claim.note or said, claim.says
         assert not claim.note or made.verdict != NOT_RUN, claim.says
 
 
