@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -55,11 +55,8 @@ class Counter:
         self.messages.append(message)
 
     def verdict(self, where: Where) -> None:
-        if not self.counts:
-            return
-        for count, message in zip(torch.stack(self.counts).tolist(), self.messages, strict=True):
-            if count != 0:  # also true for NaN
-                raise where.breach(message.replace("{count}", f"{count:.0f}"))
+        if self.counts:
+            _judge([(where, self.messages, torch.stack(self.counts))])
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,14 @@ class Contracts:
 
     template: Params
     prunable: tuple[str, ...]
+    open: list[tuple[Where, list[str], Tensor]] = field(default_factory=list)
+    """what was checked `later`, and is not looked at yet"""
+
+    def settle(self) -> None:
+        """Looks at everything that was checked `later`, in one transfer to the host."""
+        found, self.open[:] = list(self.open), []
+        if found:
+            _judge(found)
 
     def parameters(self, where: Where, params: Any) -> None:
         """Names, shapes and dtypes kept."""
@@ -101,8 +106,12 @@ class Contracts:
         mask: Masks,
         frozen: Masks | None = None,
         held: Params | None = None,
+        later: bool = False,
     ) -> None:
-        """Zero off the mask, no NaN or infinity, frozen values bit-identical to `held`."""
+        """Zero off the mask, no NaN or infinity, frozen values bit-identical to `held`.
+
+        `later`: a breach is raised by `settle`, so that the host need not wait for the counts now.
+        """
         count = Counter()
         hint = "" if where.client is None else ", or faults.non_finite = 'drop'"
         # NaN if any entry is not finite, else 0
@@ -119,7 +128,10 @@ class Contracts:
             if frozen and held and name in frozen:
                 moved = _nonzero((value - held[name]) * frozen[name].view(torch.uint8))
                 count.forbid(moved, f"{name!r}: {{count}} frozen values changed (allowed: 0)")
-        count.verdict(where)
+        if later:
+            self.open.append((where, count.messages, torch.stack(count.counts)))
+        else:
+            count.verdict(where)
 
     def server_values(self, where: Where, params: Params, mask: Masks, frozen: Masks, held: Params) -> None:
         """`values`, of tensors that are masked or frozen anywhere (looks at the counts)."""
@@ -201,9 +213,13 @@ class Contracts:
 
     def budget(self, where: Where, mask: Masks, budget: Budget, promise: str) -> None:
         """Active counts "exact"ly the budget's, or "at most"."""
+        if promise != "none":
+            self.counts(where, masks.active(mask), budget, promise)
+
+    def counts(self, where: Where, counts: Mapping[str, int], budget: Budget, promise: str) -> None:
+        """`budget`, of active weights that are counted already."""
         if promise == "none":
             return
-        counts = masks.active(mask)
         allowed: Mapping[str, int] = budget.counts or {"all layers": budget.total}
         given = counts if budget.counts else {"all layers": sum(counts.values())}
         for name, limit in allowed.items():
@@ -219,6 +235,15 @@ def versions(*groups: Mapping[str, Tensor]) -> list[int]:
     """Counts of in-place writes of every tensor; they grow when a hook writes where it must not."""
     plain = [group for group in groups if not is_stacked(group)]
     return [tensor._version for group in plain for tensor in group.values()]
+
+
+def _judge(found: Sequence[tuple[Where, list[str], Tensor]]) -> None:
+    """Raises the first breach: each count must be 0."""
+    counts = iter(torch.cat([own for _, _, own in found]).tolist())
+    for where, messages, _ in found:
+        for message in messages:
+            if (count := next(counts)) != 0:  # also true for NaN
+                raise where.breach(message.replace("{count}", f"{count:.0f}"))
 
 
 def _nonzero(values: Tensor) -> Tensor:

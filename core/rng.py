@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .transfer import to_device
+
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed int64; int64 arithmetic wraps
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
@@ -32,7 +34,7 @@ def number(*path: str | int) -> int:
 
 def key(*path: str | int, device: torch.device | str = "cpu") -> Tensor:
     """The key of a stream, 0-d int64, e.g. `key(seed, "grow", round)`."""
-    return torch.tensor(number(*path), device=device)
+    return torch.full((), number(*path), dtype=torch.int64, device=device)
 
 
 def fold(stream: Tensor, *path: str | int) -> Tensor:
@@ -40,9 +42,17 @@ def fold(stream: Tensor, *path: str | int) -> Tensor:
     return _mix(stream ^ number(*path))
 
 
-def folded(stream: int, paths: Sequence[Sequence[str | int]], device: torch.device | str = "cpu") -> Tensor:
-    """`fold` of one stream with each of several paths, (paths,), in one transfer to the device."""
-    return _mix(torch.tensor([number(*path) ^ stream for path in paths], device=device))
+def folded(
+    streams: Sequence[int], paths: Sequence[Sequence[str | int]], device: torch.device | str = "cpu"
+) -> Tensor:
+    """`fold` of each of several streams with each of several paths, (streams, paths), in one transfer."""
+    numbers = np.array([number(*path) for path in paths], dtype=np.int64)
+    return _mix(to_device(np.array(streams, dtype=np.int64)[:, None] ^ numbers, device))
+
+
+def bits_at(streams: Tensor, places: Tensor) -> Tensor:
+    """What `bits` of a stream draws at given places of its flat shape, counted from 0; both broadcast."""
+    return _shift(_mix(streams + (places + 1) * GOLDEN), 1)
 
 
 def bits(stream: Tensor, shape: Sequence[int]) -> Tensor:

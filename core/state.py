@@ -30,6 +30,11 @@ class Batch(NamedTuple):
     inputs: Tensor
     targets: Tensor
 
+    def split(self, size: int) -> list[Batch]:
+        """Minibatches of `size` samples; the last may be short."""
+        parts = zip(torch.split(self.inputs, size), torch.split(self.targets, size), strict=True)
+        return [Batch(inputs, targets) for inputs, targets in parts]
+
 
 class Carry(NamedTuple):
     """What a client carries from step to step besides its parameters.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, cast
@@ -25,6 +25,7 @@ from .execution.workers import local_workers, own_device
 from .layout import Layout, choose_layout
 from .models.architecture import Architecture
 from .state import Batch, Params
+from .transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -74,27 +75,34 @@ class Task:
         return [int(client) for client in chosen]
 
     def batches(self, client: int, round_: int, epoch: int) -> list[Batch]:
-        """A client's minibatches of one local epoch, augmented if the task says so; the last may be short."""
-        indices = self.partition.train_of(client)
+        """A client's minibatches of one local epoch; the last may be short."""
+        return self.samples([client], round_, epoch).split(self.federation.batch_size)
+
+    def samples(self, clients: Sequence[int], round_: int, epoch: int) -> Batch:
+        """All samples of one local epoch of these clients, augmented if the task says so.
+
+        One client's after another's, each in the order of its minibatches.
+        """
+        each = [self.partition.train_of(client) for client in clients]
         if self.federation.shuffle:
-            indices = rng.generator(self.seed, "batches", round_, client, epoch).permutation(indices)
-        chosen = torch.from_numpy(np.ascontiguousarray(indices)).to(self.device)
+            each = [
+                rng.generator(self.seed, "batches", round_, client, epoch).permutation(own)
+                for client, own in zip(clients, each, strict=True)
+            ]
+        chosen = to_device(np.concatenate(each), self.device)
         stored = self.dataset.train(chosen)
         if self.augment == "crop-flip":
-            stream = rng.key(self.seed, "augment", round_, client, epoch, device=self.device)
-            stored = crop_flip(stored, stream)
-        inputs = self.dataset.normalise(stored)
-        targets = self.dataset.train_targets[chosen]
-        size = self.federation.batch_size
-        return [
-            Batch(x, y) for x, y in zip(torch.split(inputs, size), torch.split(targets, size), strict=True)
-        ]
+            streams = [rng.number(self.seed, "augment", round_, client, epoch) for client in clients]
+            sizes = [len(own) for own in each]
+            places = np.stack([np.repeat(streams, sizes), np.concatenate([np.arange(n) for n in sizes])])
+            stored = crop_flip(stored, *to_device(places, self.device))
+        return Batch(self.dataset.normalise(stored), self.dataset.train_targets.index_select(0, chosen))
 
     def sample(self, count: int) -> Batch:
         """A sample of the pooled training data, the same for every method of a seed."""
         total = len(self.dataset.train_targets)
         drawn = rng.generator(self.seed, "probe").choice(total, min(count, total), replace=False)
-        chosen = torch.from_numpy(drawn).to(self.device)
+        chosen = to_device(drawn, self.device)
         return Batch(self.dataset.normalise(self.dataset.train(chosen)), self.dataset.train_targets[chosen])
 
     def test_batches(self, size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:

@@ -74,7 +74,7 @@ class PoweredSgd(Part):
         powers = {name: params[name] for name in activations.layers(params)}
         if self.spectral:
             return {name: spectral_exponent(theta) for name, theta in powers.items()}
-        return {name: theta.new_tensor(self.exponent) for name, theta in powers.items() if self.exponent > 1}
+        return {n: theta.new_full((), self.exponent) for n, theta in powers.items() if self.exponent > 1}
 
     @hookimpl
     def client_init(self, params: Params, momentum: float) -> dict[str, Params]:

@@ -82,10 +82,7 @@ class Dataset:
 
     def train(self, chosen: Tensor) -> Tensor:
         """Stored training inputs of these indices (n,), in the memory order of the data set."""
-        if _lies_last(self.train_inputs):
-            rows = self.train_inputs.permute(0, 2, 3, 1).index_select(0, chosen)
-            return rows.permute(0, 3, 1, 2)
-        return self.train_inputs.index_select(0, chosen)
+        return taken(self.train_inputs, chosen)
 
     def arranged(self, layout: Layout) -> Dataset:
         """The same data with its images in this layout."""
@@ -106,15 +103,23 @@ class Dataset:
         )
 
 
-def crop_flip(images: Tensor, stream: Tensor) -> Tensor:
+def taken(inputs: Tensor, chosen: Tensor) -> Tensor:
+    """The inputs of these indices (n,), in the memory order in which all of them lie."""
+    if _lies_last(inputs):
+        return inputs.permute(0, 2, 3, 1).index_select(0, chosen).permute(0, 3, 1, 2)
+    return inputs.index_select(0, chosen)
+
+
+def crop_flip(images: Tensor, streams: Tensor, places: Tensor) -> Tensor:
     """Each image (n, c, h, w) shifted by up to `MARGIN` pixels a direction, then, one time in two, mirrored.
 
     A window of the image's size is cut at a uniform place out of the image with `MARGIN` pixels of zeros
     around it. These are raw zeros, black, as papers pad before they normalise: afterwards they are
-    -mean / std, not 0. The draws are those of `stream` (a key on the images' device), three an image.
+    -mean / std, not 0. An image's draws are three of a stream: `streams` (n,), keys on the images' device,
+    and `places` (n,), its place among the images of that stream.
     """
     count, channels, height, width = images.shape
-    drawn = rng.bits(stream, (count, 3))
+    drawn = rng.bits_at(streams[:, None], places[:, None] * 3 + torch.arange(3, device=images.device))
     # 2^63 is no multiple of the 9 offsets: the bias is below 1e-18
     top, left = (drawn[:, :2] % (2 * MARGIN + 1)).unbind(1)
     rows = top[:, None] + torch.arange(height, device=images.device)

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..budget import Budget
 from ..state import Clock, Masks, Params, ServerState
+from ..transfer import to_device
 
 Totals = dict[str, Tensor]
 
@@ -80,9 +82,10 @@ class Uploads:
 
     def measure(self, metrics: Sequence[Mapping[str, Tensor]], samples: Sequence[int]) -> None:
         """Adds the metrics of one client's steps, each a mean over that many samples."""
+        weights = to_device(np.array(samples, dtype=np.float64), metrics[0]["loss"].device)
         for name in metrics[0]:
             steps = torch.stack([step[name] for step in metrics]).to(torch.float64)
-            self.add(self.metrics, {name: steps @ steps.new_tensor(samples)})
+            self.add(self.metrics, {name: steps @ weights})
         self.steps_weight += sum(samples)
 
     def contribute(self, number: int, entries: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import masks, rng
+from .. import masks
 from ..state import Batch, Clock
 from .exchange import Plan, Uploads
 from .step import Given
@@ -50,7 +50,7 @@ class Sequential(Executor):
                     break
         for client in group:
             self.hooks.at = (plan.clock.round, client.number)
-            self.check_trained(plan, client.params, client.mask)
+            self.check_trained(plan, client.params, client.mask, later=True)
         self.readjust_group(plan, group, clock._replace(epoch=epochs), batches)
         if self.collects_score(plan):
             for client, own in zip(group, batches, strict=True):
@@ -94,9 +94,7 @@ class Sequential(Executor):
 
     def step_keys(self, plan: Plan, number: int, clock: Clock, count: int) -> dict[str, Tensor]:
         """The keys of the steps of an epoch by purpose, (count,) each."""
-        paths = [(clock.epoch, index) for index in range(count)]
-        own = self.keys(plan, number)
-        return {name: rng.folded(stream, paths, self.task.device) for name, stream in own.items()}
+        return {name: keys[0] for name, keys in self.epoch_keys(plan, [number], clock, count).items()}
 
     def readjust_group(
         self, plan: Plan, group: Sequence[Client], clock: Clock, batches: Sequence[Sequence[Batch]]
@@ -112,7 +110,7 @@ class Sequential(Executor):
         state, score = plan.state, {}
         if self.needs_score:
             score = self.score(plan, client, clock, batches)
-        key = torch.tensor(self.readjust_key(clock, client.number), device=self.task.device)
+        key = torch.full((), self.readjust_key(clock, client.number), device=self.task.device)
         moved = self.readjusted(plan, client, clock, score, key)
         if self.contracts:
             where = self.hooks.where("readjust")
@@ -127,9 +125,8 @@ class Sequential(Executor):
 
     def upload(self, plan: Plan, client: Client, uploads: Uploads) -> None:
         """Adds the client's contribution, charges it, and keeps its row."""
-        weight = torch.tensor(
-            float(len(self.task.partition.train_of(client.number))), device=self.task.device
-        )
+        samples = float(len(self.task.partition.train_of(client.number)))
+        weight = torch.full((), samples, device=self.task.device)
         leaving = client
         if self.hooks.has_extra("upload"):
             leaving, weight = self.leaving(plan, client, weight, self.upload_key(plan, client.number))

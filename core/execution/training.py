@@ -15,7 +15,7 @@ from ..budget import Budget
 from ..compose import Hooks
 from ..contracts import Contracts, versions
 from ..dropout import drops
-from ..errors import RunError
+from ..errors import FedsparseError, RunError
 from ..ledger import Ledger, on_wire
 from ..loss import ClientLoss, ModelLoss
 from ..memory import out_of_memory
@@ -90,7 +90,11 @@ class Executor(ABC):
         except Exception as error:
             if out_of_memory(error):
                 raise RunError(self.too_large()) from error
+            if self.contracts and isinstance(error, FedsparseError):
+                self.contracts.settle()  # an earlier breach may be why
             raise
+        if self.contracts:
+            self.contracts.settle()
         if versions(*given) != before:
             raise self.hooks.where("local_step").breach("wrote into a tensor it was given; return new ones")
         self.hooks.at = (plan.clock.round, None)
@@ -130,6 +134,12 @@ class Executor(ABC):
         wanted = {"step": self.needs_key, "dropout": self.drops}
         path = (plan.clock.round, number)
         return {name: rng.number(self.task.seed, name, *path) for name, needed in wanted.items() if needed}
+
+    def epoch_keys(self, plan: Plan, numbers: Sequence[int], clock: Clock, steps: int) -> dict[str, Tensor]:
+        """The keys of the steps of an epoch by purpose, (clients, steps) each."""
+        paths = [(clock.epoch, index) for index in range(steps)]
+        every = [self.keys(plan, number) for number in numbers]
+        return {name: rng.folded([own[name] for own in every], paths, self.task.device) for name in every[0]}
 
     @contextmanager
     def model_randomness(self, plan: Plan, number: int) -> Iterator[None]:
@@ -242,14 +252,14 @@ class Executor(ABC):
         weight = len(self.task.partition.train_of(client.number))
         uploads.add(uploads.score, {name: weight * value for name, value in score.items()})
 
-    def check_trained(self, plan: Plan, params: Params, mask: Masks) -> None:
+    def check_trained(self, plan: Plan, params: Params, mask: Masks, later: bool = False) -> None:
         """The contract of local training, for one client or for stacked ones."""
         if self.contracts:
             where, state = self.hooks.where("local_step"), plan.state
             # tensors that train whole have nothing to hold still
             bound = {n: m for n, m in mask.items() if n in plan.trainable or m is not state.mask[n]}
             frozen = {n: f for n, f in state.frozen.items() if n in plan.trainable}
-            self.contracts.values(where, params, bound, frozen, state.params)
+            self.contracts.values(where, params, bound, frozen, state.params, later)
 
     def sound(self, model: Iterable[Tensor], loss: Tensor) -> Tensor:
         """Whether loss and model are finite, as in `finite`; the model as it would be sent."""

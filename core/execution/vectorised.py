@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .. import masks, rng
+from .. import masks
 from ..contracts import ContractError
+from ..ledger import on_host
 from ..memory import out_of_memory
-from ..state import Batch, Carry, Clock, Masks, Params, Scores
+from ..state import Carry, Clock, Masks, Params, Scores
+from ..transfer import to_device
 from .exchange import Plan, Totals, Uploads
-from .step import IGNORED, Given, Step, filled, stacked
+from .stacked_batches import StackedBatches
+from .step import IGNORED, Given, Step, stacked
 from .training import Client, Executor, apart, cleared
 
 
@@ -55,7 +58,7 @@ class Chunk:
 
     def only(self, places: Sequence[int]) -> Chunk:
         """The chunk of some of its clients."""
-        at = torch.tensor(places, device=next(iter(self.params.values())).device)
+        at = to_device(places, next(iter(self.params.values())).device)
         params, carry, measured = pytree.tree_map(lambda t: t[at], (self.params, self.carry, self.measured))
         mask, trainable = self.mask, self.trainable
         if self.readjusted:
@@ -130,33 +133,44 @@ class Vectorised(Executor):
 
     def train_chunk(self, plan: Plan, numbers: Sequence[int], uploads: Uploads) -> Chunk | None:
         """All local epochs of a chunk and its readjustments; None if every client has given up."""
-        chunk, device = self.stack(plan, numbers), self.task.device
-        every = [self.keys(plan, number) for number in numbers]
-        keys = {name: torch.tensor([own[name] for own in every], device=device) for name in every[0]}
-        epochs, clock = self.task.federation.local_epochs, plan.clock
-        batches: list[list[Batch]] = []
+        chunk = self.stack(plan, numbers)
+        epochs, clock, passed = self.task.federation.local_epochs, plan.clock, None
         for epoch in range(epochs):
             clock = clock._replace(epoch=epoch, epochs=epochs)
-            following = [self.epoch(number, clock) for number in numbers]
-            first = [each[: self.hooks.score_batches] for each in following]
-            self.readjust(plan, chunk, clock, batches or first)
-            batches = following
-            step = stacked(self.stepper(plan, clock), chunk.readjusted)
-            for index in range(len(batches[0])):
-                for begin, end, batch in self.groups(batches, index):
-                    self.step_clients(plan, chunk, step, (begin, end), batch, keys, clock, index, uploads)
+            batches = self.stacked_epoch([client.number for client in chunk.clients], clock)
+            # before the first epoch nothing has passed yet: the first minibatches stand in
+            self.readjust(plan, chunk, clock, passed or batches, first=passed is None)
+            self.steps(plan, chunk, clock, batches, uploads)
+            passed = batches
             if plan.drop_non_finite and (lost := self.unsound(plan, chunk, clock, uploads)):
-                places = [at for at in range(len(numbers)) if at not in lost]
+                places = [at for at in range(len(chunk.clients)) if at not in lost]
                 if not places:
                     return None
-                chunk, numbers = chunk.only(places), [numbers[at] for at in places]
-                batches, keys = [batches[at] for at in places], {n: k[places] for n, k in keys.items()}
+                chunk, passed = chunk.only(places), passed.only(places)
+        assert passed is not None  # local_epochs >= 1
         self.check_chunk(plan, chunk)
-        self.readjust(plan, chunk, clock._replace(epoch=epochs), batches)
+        self.readjust(plan, chunk, clock._replace(epoch=epochs), passed)
         if self.collects_score(plan):
-            for at, own_batches in enumerate(batches):
-                self.add_score(plan, chunk.one(at), own_batches, uploads)
+            for at in range(len(chunk.clients)):
+                self.add_score(plan, chunk.one(at), passed.one(at), uploads)
         return chunk
+
+    def stacked_epoch(self, numbers: Sequence[int], clock: Clock) -> StackedBatches:
+        """The minibatches of one local epoch of a chunk."""
+        samples = self.task.samples(numbers, clock.round, clock.epoch)
+        counts = [len(self.task.partition.train_of(number)) for number in numbers]
+        return StackedBatches.of(samples, counts, self.task.federation.batch_size, self.layout)
+
+    def steps(
+        self, plan: Plan, chunk: Chunk, clock: Clock, batches: StackedBatches, uploads: Uploads
+    ) -> None:
+        """One local epoch of a chunk."""
+        step = stacked(self.stepper(plan, clock), chunk.readjusted)
+        keys = self.epoch_keys(plan, [client.number for client in chunk.clients], clock, batches.steps)
+        for index in range(batches.steps):
+            now = {name: each[:, index] for name, each in keys.items()}
+            for range_ in self.groups(batches.sizes(index)):
+                self.step_clients(plan, chunk, step, range_, batches, now, clock, index, uploads)
 
     def unsound(self, plan: Plan, chunk: Chunk, clock: Clock, uploads: Uploads) -> set[int]:
         """Places of clients whose loss or model is not finite after an epoch; they have given up."""
@@ -176,17 +190,15 @@ class Vectorised(Executor):
                 self.check_trained(plan, own.params, own.mask)
             raise
 
-    def groups(self, batches: Sequence[Sequence[Batch]], index: int) -> Iterator[tuple[int, int, Batch]]:
-        """The stacked minibatches of a step, with the range of the clients that they belong to."""
-        active = [own[index] for own in batches if len(own) > index]
-        sizes = [len(batch.targets) for batch in active]
+    def groups(self, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """The ranges of clients that step together, by the sizes of their minibatches."""
         if not self.whole_batches():
-            yield 0, len(active), _stacked(active, max(sizes))
+            yield 0, len(sizes)
             return
         begin = 0
-        for size, group in groupby(sizes):  # sizes fall, because clients are sorted
+        for _, group in groupby(sizes):  # sizes fall, because clients are sorted
             end = begin + len(list(group))
-            yield begin, end, _stacked(active[begin:end], size)
+            yield begin, end
             begin = end
 
     def step_clients(
@@ -195,7 +207,7 @@ class Vectorised(Executor):
         chunk: Chunk,
         step: Step,
         range_: tuple[int, int],
-        batch: Batch,
+        batches: StackedBatches,
         keys: dict[str, Tensor],
         clock: Clock,
         index: int,
@@ -209,7 +221,7 @@ class Vectorised(Executor):
         if not everybody:
             own_params, own_carry = pytree.tree_map(lambda t: t[first], (own_params, own_carry))
             own_masks = pytree.tree_map(lambda t: t[first], own_masks) if chunk.readjusted else own_masks
-        own_keys = {name: rng.fold(key[first], clock.epoch, index) for name, key in keys.items()}
+        own_keys, batch = {name: key[first] for name, key in keys.items()}, batches.stacked(index, *range_)
         stepped = step(Given(own_params, own_carry, batch, *own_masks, plan.state.params, own_keys))
         if self.contracts and not (clock.epoch or index):
             shown = pytree.tree_map(lambda t: t[0], stepped)
@@ -229,23 +241,25 @@ class Vectorised(Executor):
             chunk.measure(first, sums)
             return
         uploads.add(uploads.metrics, {name: value.sum() for name, value in sums.items()})
-        uploads.steps_weight += sum(self.batch_size(client.number, index) for client in chunk.clients[first])
+        uploads.steps_weight += sum(batches.sizes(index)[first])
 
-    def batch_size(self, number: int, index: int) -> int:
-        """Samples of a client's minibatch, known without asking the device."""
-        size = self.task.federation.batch_size
-        return min(size, len(self.task.partition.train_of(number)) - index * size)
+    def readjust(
+        self, plan: Plan, chunk: Chunk, clock: Clock, batches: StackedBatches, first: bool = False
+    ) -> None:
+        """Moves the clients' masks, if their part works on clients and is due now.
 
-    def readjust(self, plan: Plan, chunk: Chunk, clock: Clock, batches: Sequence[Sequence[Batch]]) -> None:
-        """Moves the clients' masks, if their part works on clients and is due now."""
+        A score is taken on the last minibatches, or on the `first` ones.
+        """
         if not self.readjusts(plan, clock):
             return
         state, scores = plan.state, Scores()
         if self.needs_score:
-            each = [self.score(plan, chunk.one(at), clock, own) for at, own in enumerate(batches)]
+            part = slice(self.hooks.score_batches if first else None)
+            places = range(len(chunk.clients))
+            each = [self.score(plan, chunk.one(at), clock, batches.one(at)[part]) for at in places]
             scores = pytree.tree_map(lambda *own: torch.stack(own), *each)
         numbers = [self.readjust_key(clock, client.number) for client in chunk.clients]
-        keys = torch.tensor(numbers, device=self.task.device)
+        keys = to_device(numbers, self.task.device)
         stacked = chunk.mask if chunk.readjusted else _spread(chunk.mask, len(chunk.clients))
 
         def one(params: Params, mask: Masks, carry: Carry, score: Scores, key: Tensor) -> Any:
@@ -259,23 +273,35 @@ class Vectorised(Executor):
         self.check_readjusted(plan, chunk)
 
     def check_readjusted(self, plan: Plan, chunk: Chunk) -> None:
-        """The contract of a readjustment, client by client."""
+        """The contract of a readjustment, of all clients at once; a breach names the client."""
         if not self.contracts:
             return
-        for at, client in enumerate(chunk.clients):
+        where, state, shown = self.hooks.where("readjust"), plan.state, chunk.one(0)
+        self.contracts.parameters(where, shown.params)
+        self.contracts.mask(where, shown.mask)
+        try:
+            self.contracts.frozen(where, state.frozen, chunk.mask)
+            self.contracts.values(where, chunk.params, chunk.mask, state.frozen, state.params)
+        except ContractError:
+            for at, client in enumerate(chunk.clients):
+                self.hooks.at, own = (plan.clock.round, client.number), chunk.one(at)
+                where = self.hooks.where("readjust")
+                self.contracts.frozen(where, state.frozen, own.mask)
+                self.contracts.values(where, own.params, own.mask, state.frozen, state.params)
+            raise
+        counts = torch.stack([mask.flatten(1).sum(1) for mask in chunk.mask.values()], 1).tolist()
+        for client, own_counts in zip(chunk.clients, counts, strict=True):
             self.hooks.at = (plan.clock.round, client.number)
-            where, own = self.hooks.where("readjust"), chunk.one(at)
-            self.contracts.parameters(where, own.params)
-            self.contracts.mask(where, own.mask)
-            self.contracts.frozen(where, plan.state.frozen, own.mask)
-            self.contracts.values(where, own.params, own.mask, plan.state.frozen, plan.state.params)
-            self.contracts.budget(where, own.mask, plan.budget, self.hooks.promise("readjust"))
+            named = dict(zip(chunk.mask, own_counts, strict=True))
+            self.contracts.counts(
+                self.hooks.where("readjust"), named, plan.budget, self.hooks.promise("readjust")
+            )
         self.hooks.at = (plan.clock.round, None)
 
     def contribute(self, plan: Plan, chunk: Chunk) -> None:
         """Charges what the clients send; what they contribute as the server knows them, and its sum."""
         sizes = [float(len(self.task.partition.train_of(client.number))) for client in chunk.clients]
-        weights, owned = torch.tensor(sizes, device=self.task.device), 0 if chunk.readjusted else None
+        weights, owned = to_device(sizes, self.task.device), 0 if chunk.readjusted else None
         leaving = chunk
         if self.hooks.has_extra("upload"):
             keys = torch.stack([self.upload_key(plan, client.number) for client in chunk.clients])
@@ -308,14 +334,15 @@ class Vectorised(Executor):
 
     def arrive_all(self, leaving: Chunk) -> Chunk:
         """Charges the uploads; the chunk as the server then knows it."""
-        places = range(len(leaving.clients))
         if not self.ledger.alters:
-            for at, client in enumerate(leaving.clients):
+            mask, own = leaving.mask, leaving.readjusted or self.hooks.sends == "support"
+            if own:
                 support = self.hooks.sends == "support"
-                mask = self.sent(leaving.one(at)) if support else leaving.mask_of(at)
-                self.ledger.upload(client.number, mask)
+                mask = on_host(masks.support(leaving.params, mask) if support else mask)
+            for at, client in enumerate(leaving.clients):
+                self.ledger.upload(client.number, _pick(mask, at) if own else mask)
             return leaving
-        clients = [self.arrive(leaving.one(at)) for at in places]
+        clients = [self.arrive(leaving.one(at)) for at in range(len(leaving.clients))]
         buffers = _stacked_as(leaving.carry.buffers, [client.carry.buffers for client in clients])
         mask = leaving.mask
         if leaving.readjusted:
@@ -358,9 +385,3 @@ def _stacked_as(old: Params, each: Sequence[Params]) -> Params:
 
 def _spread(tensors: Masks, clients: int) -> Masks:
     return {name: tensor.expand(clients, *tensor.shape) for name, tensor in tensors.items()}
-
-
-def _stacked(batches: Sequence[Batch], size: int) -> Batch:
-    """Inputs (clients, size, …) and targets (clients, size), filled up where a minibatch is short."""
-    full = [filled(batch, size) for batch in batches]
-    return Batch(torch.stack([x for x, _ in full]), torch.stack([y for _, y in full]))

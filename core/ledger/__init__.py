@@ -1,7 +1,7 @@
 """What a run costs: wire codecs, messages and their exact sizes, bytes, FLOPs."""
 
 from .accounts import Ledger, PaperBytes, Passed, Tally, Traffic, paper_bytes
-from .codecs import Codec, decode_masks, encode_masks, masks_size
+from .codecs import Codec, decode_masks, encode_masks, masks_size, on_host
 from .flops import Cost, forward_macs, training_cost
 from .frame import HEADER, CorruptError
 from .messages import (
@@ -47,6 +47,7 @@ __all__ = [
     "masks_size",
     "measure",
     "message_size",
+    "on_host",
     "on_wire",
     "pack",
     "pack_beside",

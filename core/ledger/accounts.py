@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..errors import RunError
 from ..state import Masks, Params
-from .codecs import decode_masks, encode_masks, masks_size
+from .codecs import decode_masks, encode_masks, masks_size, on_host
 from .flops import Cost, training_cost
 from .messages import (
     SEED,
@@ -174,6 +174,7 @@ class Ledger:
         self._before: Masks | None = None
         self._still: Params = {}  # values of the frozen positions, flat, as they were sent
         self._prices: _Prices | None = None
+        self._host: tuple[tuple[int, int], Masks, Masks] | None = None
         self._model: Message | None = None
 
     @property
@@ -292,8 +293,10 @@ class Ledger:
         size, active = prices.size.total(), prices.traffic.active
         values, coded = prices.size.values, 0
         if own:
-            counts = count(self._params, mask, frozen)
-            values, coded = self._live_bytes(mask, counts), masks_size(mask, server)
+            known, held = self._on_host()
+            moved = on_host(mask)
+            counts = count(self._params, moved, held)
+            values, coded = self._live_bytes(mask, counts), masks_size(moved, known)
             size += values - prices.size.values + coded
             active = sum(sum(counts[name]) for name in mask)
         got = None
@@ -405,7 +408,7 @@ class Ledger:
             self._still = still
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"its ledger is damaged: {type(error).__name__} {error}") from error
-        self._downloaded, self._prices, self._model = {}, None, None
+        self._downloaded, self._prices, self._host, self._model = {}, None, None, None
 
     def _label(self, way: str, client: int | None = None) -> str:
         return f"round {self._index}, {way}" + ("" if client is None else f" of client {client}")
@@ -431,8 +434,15 @@ class Ledger:
             raise RunError("the ledger has no open round")
         return self._prices
 
+    def _on_host(self) -> tuple[Masks, Masks]:
+        """The round's mask and frozen set on the CPU, copied once a version."""
+        if self._host is None or self._host[0] != self._version:
+            self._host = (self._version, on_host(self._mask or {}), on_host(self._frozen or {}))
+        return self._host[1:]
+
     def _price(self, mask: Masks, frozen: Masks, trained: Masks) -> _Prices:
         """Everything that needs the tensors of a mask and a frozen set."""
+        mask, frozen, trained = on_host(mask), on_host(frozen), on_host(trained)
         counts = count(self._params, mask, frozen)
         sizes = {name: param.numel() for name, param in self._params.items()}
         biases = {f"{name.removesuffix('weight')}bias" for name in self._macs} & (sizes.keys() - mask.keys())

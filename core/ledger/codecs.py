@@ -39,6 +39,15 @@ class Codec(IntEnum):
     CHANGED = 3
 
 
+def on_host(masks: Masks) -> Masks:
+    """The masks on the CPU: themselves if they are there, else copies, in one transfer."""
+    if all(mask.device.type == "cpu" for mask in masks.values()):
+        return masks
+    flat = torch.cat([mask.reshape(-1) for mask in masks.values()]).cpu()
+    parts = torch.split(flat, [mask.numel() for mask in masks.values()])
+    return {name: part.view(masks[name].shape) for name, part in zip(masks, parts, strict=True)}
+
+
 def encode_masks(masks: Mapping[str, Tensor], reference: Mapping[str, Tensor] | None = None) -> bytes:
     """The masks as bytes, each tensor in its shortest codec.
 
@@ -79,6 +88,7 @@ def read_masks(
 ) -> Masks:
     """As `decode_masks`, for masks that are a section of a longer message."""
     masks: Masks = {}
+    reference = None if reference is None else on_host(dict(reference))
     for name, shape in shapes.items():
         bits = _read(reader, name, shape.numel(), None if reference is None else _flat(reference[name]))
         masks[name] = torch.from_numpy(bits).reshape(shape)
@@ -135,6 +145,7 @@ class Reader:
 def _pairs(
     masks: Mapping[str, Tensor], reference: Mapping[str, Tensor] | None
 ) -> Iterator[tuple[Bits, Bits | None]]:
+    masks, reference = on_host(dict(masks)), None if reference is None else on_host(dict(reference))
     for name, mask in masks.items():
         base = None if reference is None else reference.get(name)
         # numpy would broadcast a reference of another shape
@@ -144,7 +155,7 @@ def _pairs(
 
 
 def _flat(mask: Tensor) -> Bits:
-    flat: Bits = mask.detach().reshape(-1).cpu().numpy()
+    flat: Bits = mask.detach().reshape(-1).numpy()
     return flat
 
 

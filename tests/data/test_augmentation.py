@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.core import rng
-from fedsparse.core.data.dataset import crop_flip
+from fedsparse.core.data import dataset
 from fedsparse.core.engine import Engine
 from fedsparse.core.errors import ConfigError
 
@@ -37,6 +37,11 @@ def one_by_one(stored: Tensor, stream: Tensor) -> Tensor:
         window = canvas[:, top : top + height, left : left + width]
         out.append(window.flip(2) if mirrored % 2 else window)
     return torch.stack(out)
+
+
+def crop_flip(batch: Tensor, stream: Tensor) -> Tensor:
+    """The images of one client."""
+    return dataset.crop_flip(batch, stream.expand(len(batch)), torch.arange(len(batch)))
 
 
 def offsets(count: int, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:

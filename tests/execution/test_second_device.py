@@ -1,0 +1,157 @@
+"""Runs on a device that is not the CPU, which the CPU plays: placement of tensors, and waits of the host.
+
+It stands in for a GPU where there is none: it shows tensors that stayed behind, reads of values that stop the
+host, and operations whose number grows with the clients. Kernels, streams and captured graphs it does not.
+"""
+
+import pytest
+import torch
+
+from fedsparse.core import rng, task
+from fedsparse.core.engine import Engine
+from fedsparse.core.registry import Registry
+
+from . import simulated
+
+pytestmark = pytest.mark.skipif(
+    not simulated.available, reason="this PyTorch has no backends written in Python"
+)
+
+NAMES = Registry().names()
+KINDS = ("sequential", "vectorised", "graph")
+OWN_MASKS = ("fedsparsify", "flash", "sparsyfed", "topk", "zerofl")
+"""Methods whose clients send masks of their own in any round."""
+IMAGES = {"task__dataset__channels": 3, "task__dataset__height": 16, "task__dataset__width": 16}
+IMAGES |= {"task__model__use": "cnn-dropout", "task__model__hidden": None, "task__augment": "crop-flip"}
+
+
+@pytest.fixture
+def device():
+    with simulated.simulated() as device:
+        yield device
+
+
+@pytest.fixture
+def make_there(make_resolved, monkeypatch, device):
+    """Builds an engine of the tiny task on the second device."""
+
+    def make(plugin, **changes):
+        changes = {"federation__rounds": 4, "federation__momentum": 0.0} | changes
+        made = make_resolved(plugin, **changes)
+        monkeypatch.setattr(task, "choose_device", lambda name: device)
+        engine = Engine(made, task.build(made.config))
+        monkeypatch.undo()
+        return engine, Engine(made, task.build(made.config))
+
+    return make
+
+
+def play(engine):
+    return list(engine.rounds(engine.start()))
+
+
+def watched(engine):
+    """Counts what the host waits for within steps."""
+    step, found = engine.executor.step, simulated.Counter()
+
+    class Step:
+        function, takes = step.function, step.takes
+
+        def __call__(self, *args, **offered):
+            before = simulated.waits.copy()
+            stepped = step(*args, **offered)
+            found.update(simulated.waits - before)
+            return stepped
+
+    engine.executor.step = Step()
+    return found
+
+
+def assert_same(there, here, atol):
+    for name, value in here.state.params.items():
+        assert there.state.params[name].device.type == "simulated"
+        torch.testing.assert_close(there.state.params[name].cpu(), value, atol=atol, rtol=0)
+    assert all(torch.equal(there.state.mask[name].cpu(), mask) for name, mask in here.state.mask.items())
+    for name in ("upload_bytes_total", "download_bytes_total", "flops_total", "mask_changed", "sparsity"):
+        assert there.metrics[name] == here.metrics[name]
+    assert there.metrics["test_accuracy"] == here.metrics["test_accuracy"]
+
+
+@pytest.mark.parametrize("kind", ["vectorised", pytest.param("sequential", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("plugin", NAMES)
+def test_every_method_runs_there_as_on_the_cpu_and_no_step_waits(make_there, plugin, kind):
+    """The same kernels compute both; only fourth roots on a CPU take another path (1e-6)."""
+    there, here = make_there(plugin, execution__executor=kind)
+    waits = watched(there)
+    assert_same(play(there)[-1], play(here)[-1], atol=1e-6)
+    assert not +waits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plugin", NAMES)
+def test_every_method_runs_there_in_lanes_and_with_encoded_messages(make_there, plugin):
+    there, here = make_there(plugin, execution__executor="graph", ledger__encode=True)
+    waits = watched(there)
+    assert_same(play(there)[-1], play(here)[-1], atol=1e-6)
+    assert not +waits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_convolutions_dropout_and_augmentation_run_there(make_there, kind):
+    """Convolutions take other kernels there: 1e-5 after two rounds."""
+    changes = {"execution__executor": kind, "federation__rounds": 2, **IMAGES}
+    there, here = make_there("pffdst", **changes)
+    waits = watched(there)
+    found, expected = play(there)[-1].state.params, play(here)[-1].state.params
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].cpu(), value, atol=1e-5, rtol=0)
+    assert not +waits
+
+
+def cost(make_there, plugin, **changes):
+    """Waits and launches of a run's fourth round."""
+    engine, _ = make_there(plugin, output__evaluate_every=4, federation__rounds=8, **changes)
+    rounds = engine.rounds(engine.start())
+    for _ in range(4):
+        next(rounds)
+    simulated.waits.clear()
+    simulated.launches.clear()
+    next(rounds)
+    return simulated.waits.total(), simulated.launches.total()
+
+
+MORE = {"federation__clients_per_round": 6, "federation__local_epochs": 4, "federation__batch_size": 8}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("plugin", ["fedavg", "pffdst", "fedsparsify"])
+def test_the_host_waits_as_often_for_few_clients_and_steps_as_for_many(make_there, plugin, kind):
+    few, _ = cost(make_there, plugin, execution__executor=kind)
+    many, _ = cost(make_there, plugin, execution__executor=kind, **MORE)
+    assert 0 < many <= few
+
+
+@pytest.mark.parametrize("plugin", ["fedavg", "topk", "sparsyfed"])
+def test_stacked_clients_cost_the_host_what_one_does(make_there, plugin):
+    """Launches too, whether or not they send masks of their own; the round is of two epochs."""
+    changes = {"execution__executor": "vectorised", "task__dataset__train": 240, "federation__clients": 12}
+    few = cost(make_there, plugin, federation__clients_per_round=3, **changes)
+    many = cost(make_there, plugin, federation__clients_per_round=12, **changes)
+    assert many[0] <= few[0]
+    # a mask that moved or did not makes another round's bookkeeping: by far less than a client's
+    assert many[1] < few[1] * 1.1
+
+
+def test_a_tensor_that_stayed_behind_is_found(device):
+    there = torch.ones(3, device=device)
+    with pytest.raises(AssertionError, match="tensors of the CPU"):
+        there + torch.ones(3)
+    assert (there + 1.0).sum().item() == 6.0
+    assert simulated.waits["_local_scalar_dense"] == 1
+
+
+def test_keys_are_the_cpus_bit_for_bit(device):
+    assert (
+        rng.bits(rng.key(1, "a", device=device), (50,)).tolist() == rng.bits(rng.key(1, "a"), (50,)).tolist()
+    )
+    assert simulated.waits.total() == 1  # the reading alone
