@@ -55,5 +55,7 @@ class KeyedDropout(TorchFunctionMode):
         if func in WHOLE_CHANNELS:  # (b, c, …)
             shape = torch.Size([*shape[:2], *(1 for _ in shape[2:])])
         self.calls += 1
-        kept = rng.uniform(rng.fold(self.key, self.calls), shape) >= p
-        return torch.where(kept, input / (1 - p), 0.0) if p < 1 else torch.zeros_like(input)
+        if p == 1.0:
+            return torch.zeros_like(input)
+        kept = rng.above(rng.fold(self.key, self.calls), shape, p)
+        return input * kept.to(input.dtype).mul_(1 / (1 - p))

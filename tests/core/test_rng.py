@@ -1,6 +1,7 @@
 """Keyed streams."""
 
 import numpy as np
+import pytest
 import torch
 
 from fedsparse.core import rng
@@ -43,3 +44,19 @@ def test_loop_and_vmap_draw_the_same_bits():
 def test_host_generators_repeat():
     first, again = rng.generator(0, "clients", 4), rng.generator(0, "clients", 4)
     assert np.array_equal(first.permutation(100), again.permutation(100))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1 / 3, 0.5, 0.999999999])
+def test_above_is_the_comparison_of_uniform_draws(share):
+    """The product of a batch's bits and the comparison, without the draws as floating-point numbers."""
+    stream, shape = rng.key(3, "dropout"), (7, 500)
+    assert torch.equal(rng.above(stream, shape, share), rng.uniform(stream, shape).double() >= share)
+
+
+def test_host_memory_and_stacked_streams_draw_the_same_bits():
+    """The former by numpy, in unsigned numbers; the latter by torch, in signed ones that wrap."""
+    streams = torch.stack([rng.key(seed, "draw") for seed in range(50)])
+    stacked = torch.func.vmap(lambda stream: rng.bits(stream, (40, 3)))(streams)
+    assert torch.equal(stacked, torch.stack([rng.bits(stream, (40, 3)) for stream in streams]))
+    at = rng.bits_at(streams[:, None], torch.arange(120))
+    assert torch.equal(at, stacked.view(50, 120))
