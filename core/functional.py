@@ -60,6 +60,14 @@ def _find(module: nn.Module) -> list[_Place]:
     ]
 
 
+def mapped() -> bool:
+    """Whether the innermost transformation that runs now is `torch.func.vmap`."""
+    if torch.compiler.is_compiling():
+        return False
+    innermost = torch._C._functorch.peek_interpreter_stack()
+    return innermost is not None and innermost.key() == torch._C._functorch.TransformType.Vmap
+
+
 def is_stacked(tensors: Mapping[Any, Tensor]) -> bool:
     """Whether the tensors are those of `torch.func.vmap` or `grad`, or of a step that is being compiled.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from .functional import is_stacked
+from .functional import is_stacked, mapped
 from .state import Masks, Params
 
 
@@ -32,7 +34,10 @@ def sgd(
     with entries that must not move. Returns parameters and state.
     """
     names = list(params)
-    step = _elementwise if is_stacked(grads) or is_stacked(params) else _foreach
+    step = _foreach
+    if is_stacked(grads) or is_stacked(params):
+        launched = not any(p.is_cpu for p in params.values())  # on a CPU it takes as long tensor by tensor
+        step = _at_once if launched and mapped() and not isinstance(lr, Tensor) else _elementwise
     velocity = [state["momentum"][name] for name in names] if momentum else None
     moved, velocity = step(
         [params[name] for name in names],
@@ -91,7 +96,7 @@ def _elementwise(
     weight_decay: float,
     nesterov: bool,
 ) -> tuple[Tensors, Tensors | None]:
-    """Tensor by tensor, for vmap, which has no foreach."""
+    """Tensor by tensor, where foreach is not to be had: compiled, or differentiated."""
     if weight_decay:
         grads = [g + weight_decay * p for g, p in zip(grads, params, strict=True)]
     if velocity is not None:
@@ -104,3 +109,65 @@ def _elementwise(
         for p, d, mask in zip(params, direction, trainable, strict=True)
     ]
     return moved, velocity
+
+
+class _Settings(NamedTuple):
+    """What a step is given besides tensors."""
+
+    velocity: bool
+    lr: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+
+
+def _at_once(
+    params: Tensors,
+    grads: Tensors,
+    velocity: Tensors | None,
+    trainable: list[Tensor | None],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> tuple[Tensors, Tensors | None]:
+    """`_foreach` under vmap, for all clients: saves a small model a fourth of what its step launches."""
+    settings = _Settings(velocity is not None, lr, momentum, weight_decay, nesterov)
+    made = _Stacked.apply(settings, *params, *grads, *(velocity or []), *trainable)
+    count = len(params)
+    return list(made[:count]), list(made[count:]) if velocity is not None else None
+
+
+class _Stacked(torch.autograd.Function):
+    """Params, grads, perhaps velocity, and masks or None, one after another; params and velocity after."""
+
+    @staticmethod
+    def forward(settings: _Settings, *tensors: Any) -> tuple[Tensor, ...]:
+        count = len(tensors) // (4 if settings.velocity else 3)
+        groups = [list(tensors[start : start + count]) for start in range(0, len(tensors), count)]
+        params, grads, masks = groups[0], groups[1], groups[-1]
+        velocity = groups[2] if settings.velocity else None
+        moved, velocity = _foreach(params, grads, velocity, masks, *settings[1:])
+        return (*moved, *(velocity or []))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, settings: _Settings, *tensors: Any) -> Any:
+        """Elementwise, so that stacked tensors are as good as one client's; a mask may be everybody's."""
+        masks = len(tensors) - len(tensors) // (4 if settings.velocity else 3)
+        stacked = []
+        for at, (tensor, dim) in enumerate(zip(tensors, in_dims[1:], strict=True)):
+            if tensor is not None and dim is not None:
+                tensor = tensor.movedim(dim, 0)
+            elif tensor is not None and at < masks:
+                tensor = tensor.expand(info.batch_size, *tensor.shape)
+            stacked.append(tensor)
+        made = _Stacked.apply(settings, *stacked)
+        return made, (0,) * len(made)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return (None,) * len(ctx.needs_input_grad)

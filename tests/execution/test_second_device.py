@@ -6,10 +6,12 @@ host, and operations whose number grows with the clients. Kernels, streams and c
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
-from fedsparse.core import rng, task
+from fedsparse.core import optim, rng, task
 from fedsparse.core.engine import Engine
 from fedsparse.core.registry import Registry
+from fedsparse.core.state import moved_to
 
 from . import simulated
 
@@ -140,6 +142,32 @@ def test_stacked_clients_cost_the_host_what_one_does(make_there, plugin):
     assert many[0] <= few[0]
     # a mask that moved or did not makes another round's bookkeeping: by far less than a client's
     assert many[1] < few[1] * 1.1
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_update_of_stacked_clients_launches_what_that_of_one_does(device, momentum):
+    drawn = torch.Generator().manual_seed(1)
+    shapes = {f"w{i}": (4, 3 + i) for i in range(6)}
+    make = lambda: {n: torch.randn(5, *shape, generator=drawn) for n, shape in shapes.items()}  # noqa: E731
+    params, grads, velocity = make(), make(), make()
+    mask = {"w2": torch.rand(4, 5, generator=drawn) < 0.5}
+
+    def update(params, grads, velocity, mask):
+        return optim.sgd(params, grads, {"momentum": velocity}, mask, 0.1, momentum, 0.01, nesterov=True)
+
+    def launched(one, *tensors):
+        simulated.launches.clear()
+        made = one(*(moved_to(t, device) for t in tensors), moved_to(mask, device))
+        return moved_to(made[0], "cpu"), moved_to(made[1], "cpu"), simulated.launches.total()
+
+    every = (params, grads, velocity)
+    *stacked, together = launched(torch.func.vmap(update, in_dims=(0, 0, 0, None)), *every)
+    for at in range(5):
+        *own, alone = launched(update, *({n: t[at] for n, t in group.items()} for group in every))
+        assert together == alone
+        for found, expected in zip(stacked, own, strict=True):
+            leaves = zip(tree_leaves(found), tree_leaves(expected), strict=True)
+            assert all(torch.equal(one[at], other) for one, other in leaves)
 
 
 def test_a_tensor_that_stayed_behind_is_found(device):
