@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     from .resolve import Resolved
 
 
+CONDITIONS = ("task.data_root", "task.download", "execution.", "output.")
+"""Settings that make no other run of it; but `output.evaluate_every` decides which round is the best."""
+
+
+def counts(path: str) -> bool:
+    """Whether a run's figures depend on the setting, but for the seed."""
+    return path == "output.evaluate_every" or not (path == "seed" or path.startswith(CONDITIONS))
+
+
 def written_sources(text: str) -> dict[str, str]:
     """The source of each setting by dotted path, from the comment behind its value.
 
@@ -52,6 +61,7 @@ def _only_path(text: str) -> tuple[str, ...]:
 
 def about(resolved: Resolved) -> dict[str, Any]:
     """What a summary says of the method beyond its name, so that no plugin need be loaded to read it."""
+    from .card import leaves
     from .hookspecs import SLOTS
     from .ledger import paper_bytes
 
@@ -62,4 +72,5 @@ def about(resolved: Resolved) -> dict[str, Any]:
     formula = " ".join((paper_bytes.__doc__ or "").split())
     if counting:
         formula = f"{type(counting[0]).__name__}: {counting[0].summary()}"
-    return {"paper": method.paper, "paper_formula": formula, "parts": parts}
+    settings = {path: value for path, value in leaves(resolved.tree()) if counts(path)}
+    return {"paper": method.paper, "paper_formula": formula, "parts": parts, "settings": settings}

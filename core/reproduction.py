@@ -22,6 +22,7 @@ from .ablation import Interval, Spread, Trial, paired, spread, state_of
 from .card import leaves
 from .config import Layer, problems_of
 from .errors import ConfigError, Problem, RunError, nearest
+from .provenance import counts
 
 PAPERS = Path(__file__).parents[1] / "configs" / "papers"
 FILE = "table.toml"
@@ -30,8 +31,6 @@ RECORD = "reproduction.json"
 NOT_RUN = "not run"
 SEEDS = (0, 1, 2)
 """Of a table that keeps no run."""
-CONDITIONS = ("task.data_root", "task.download", "execution.", "output.")
-"""Settings that make no other run of a row; but `output.evaluate_every` decides which round is the best."""
 
 
 class _Table(BaseModel):
@@ -103,6 +102,7 @@ class Summary(BaseModel):
     seed: int
     method: str
     rounds: int
+    settings: dict[str, Any] = {}  # older runs say only method and rounds
     interrupted: Literal[False]
     final: Figures
     best: Figures
@@ -283,19 +283,18 @@ def _kept(folder: Path, rows: Sequence[str], problems: list[Problem]) -> dict[st
 
 
 def _of_another_row(path: Path, summary: Summary, preset: Path) -> list[Problem]:
-    """That a run had another method or number of rounds than the preset sets, if it sets them."""
+    """Settings of a run that are not those that the preset sets."""
     try:
-        settings = tomllib.loads(preset.read_text(encoding="utf-8"))
+        sets = dict(leaves(tomllib.loads(preset.read_text(encoding="utf-8"))))
     except (OSError, ValueError):
         return []  # whoever plays it is told
-    ran = {"method.plugin": summary.method, "federation.rounds": summary.rounds}
+    ran = summary.settings | {"method.plugin": summary.method, "federation.rounds": summary.rounds}
     problems = []
-    for name, there in ran.items():
-        section, key = name.split(".")
-        table = settings.get(section)
-        wanted = table.get(key) if isinstance(table, dict) else None
-        plugin_file = isinstance(wanted, str) and not wanted.isidentifier()
-        if wanted is not None and wanted != there and not plugin_file:
+    for name, wanted in sets.items():
+        there = ran.get(name, ran.get(f"{name}.use"))
+        # a part may be named by its method alone, a plugin by its file
+        use = name.endswith(".use") or (name == "method.plugin" and not str(wanted).isidentifier())
+        if there is not None and wanted != there and not use:
             message = f"{path.name} ran with {name} = {there!r}, but {preset.name} has {wanted!r}"
             problems.append(Problem("", f"{message}; keep it beside its own preset"))
     return problems
@@ -347,15 +346,11 @@ def plan(table: Table, seeds: Sequence[int], sets: Sequence[str] = ()) -> tuple[
         ]
         was, now = dict(leaves(plain.tree())), dict(leaves(made[0].tree()))
         changes |= {
-            path: now.get(path) for path in {**was, **now} if was.get(path) != now.get(path) and _counts(path)
+            path: now.get(path) for path in {**was, **now} if was.get(path) != now.get(path) and counts(path)
         }
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return trials, changes
-
-
-def _counts(path: str) -> bool:
-    return path == "output.evaluate_every" or not path.startswith(CONDITIONS)
 
 
 def finished(trials: Sequence[Trial], out: Path) -> Runs:

@@ -10,6 +10,7 @@ import pytest
 from fedsparse.core import reproduction
 from fedsparse.core.card import leaves
 from fedsparse.core.config import toml_value
+from fedsparse.core.provenance import about
 from fedsparse.core.reproduction import NOT_RUN, judged, load, shipped
 from fedsparse.core.reproduction_page import BY, CARD, PAGE, page, with_claims
 from fedsparse.core.resolve import resolve
@@ -26,6 +27,9 @@ def test_a_kept_summary_is_of_its_preset(table, row, seed):
     assert summary["method"] == made.method.name
     assert summary["swaps"] == dict(made.swaps)
     assert summary["rounds"] == made.config.federation.rounds
+    # runs that were kept before summaries said so have none; a setting that came later had its default
+    ran, wanted = summary.get("settings", {}), about(made)["settings"]
+    assert {path: ran[path] for path in ran} == {path: wanted.get(path) for path in ran}
     # some servers end denser than the target, by design; none ends sparser
     assert summary["final"]["sparsity"] <= made.config.sparsity.target + 0.001
 

@@ -225,6 +225,13 @@ def test_a_kept_run_of_another_row_is_refused(kept):
     said = "\n".join(problems(kept))
     assert "sparse-seed1.json ran with method.plugin = 'fedavg', but sparse.toml has 'pffdst'" in said
     assert "dense-seed0.json ran with federation.rounds = 5, but dense.toml has 4" in said
+    with (kept / "dense.toml").open("a") as preset:
+        preset.write('[task]\nmodel = "mlp"\n')
+    settings = {"federation.rounds": 4, "federation.local_epochs": 7, "task.model.use": "lenet"}
+    (kept / "dense-seed0.json").write_text(json.dumps(summary | {"settings": settings}))
+    said = "\n".join(problems(kept))
+    assert "dense-seed0.json ran with federation.local_epochs = 7, but dense.toml has 1" in said
+    assert "dense-seed0.json ran with task.model = 'lenet', but dense.toml has 'mlp'" in said
 
 
 def test_kept_files_that_are_no_finished_runs_of_rows_are_refused(kept):
