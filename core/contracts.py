@@ -135,7 +135,7 @@ class Contracts:
 
     def server_values(self, where: Where, params: Params, mask: Masks, frozen: Masks, held: Params) -> None:
         """`values`, of tensors that are masked or frozen anywhere (looks at the counts)."""
-        active, fixed = masks.active(mask), masks.active(frozen)
+        active, fixed = masks.counted(mask, frozen)
         bound = {name: m for name, m in mask.items() if active[name] < m.numel()}
         self.values(where, params, bound, {name: f for name, f in frozen.items() if fixed[name]}, held)
 

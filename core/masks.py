@@ -135,15 +135,22 @@ def support(params: Params, mask: Masks) -> Masks:
 
 def active(mask: Masks) -> dict[str, int]:
     """Active weights a layer (looks at the counts: one transfer to the host)."""
-    return dict(zip(mask, map_counts(mask, lambda m: m), strict=True))
+    return counted(mask)[0]
 
 
-def map_counts(mask: Masks, function: Callable[[Tensor], Tensor]) -> list[int]:
+def counted(*every: Masks) -> list[dict[str, int]]:
+    """`active` of several masks, in one transfer to the host."""
+    flat = {(at, name): m for at, mask in enumerate(every) for name, m in mask.items()}
+    found = dict(zip(flat, map_counts(flat, lambda m: m), strict=True))
+    return [{name: found[at, name] for name in mask} for at, mask in enumerate(every)]
+
+
+def map_counts(mask: Mapping[Any, Tensor], function: Callable[[Tensor], Tensor]) -> list[int]:
     """Number of True entries of function(mask), by layer, in one transfer."""
     if not mask:
         return []
-    counted: list[int] = torch.stack([function(m).sum() for m in mask.values()]).tolist()
-    return counted
+    found: list[int] = torch.stack([function(m).sum() for m in mask.values()]).tolist()
+    return found
 
 
 def within(mask: Masks, budget: Budget) -> bool:

@@ -30,18 +30,17 @@ def measured(
         )
     means.setdefault("loss", math.nan)
     total = sum(mask.numel() for mask in now.values())
-    counts = masks.active(now)
-    active = sum(counts.values())
-    still = sum(masks.active({name: state.frozen[name] for name in prunable}).values())
-    both = sum(masks.active({name: now[name] & before[name] for name in prunable}).values())
-    either = sum(masks.active({name: now[name] | before[name] for name in prunable}).values())
+    both = {name: now[name] & before[name] for name in prunable}
+    counts, *others = masks.counted(now, before, {name: state.frozen[name] for name in prunable}, both)
+    active, was, still, stayed = (sum(each.values()) for each in (counts, *others))
+    either = active + was - stayed
     return {
         "round": clock.round,
         **{f"train_{name}": value for name, value in means.items()},
         "sparsity": 1 - active / total,
         "density": {name: round(count / now[name].numel(), 6) for name, count in counts.items()},
         "frozen_fraction": still / active if active else 0.0,
-        "regrown_fraction": (active - both) / active if active else 0.0,
-        "mask_changed": either - both,
-        "mask_iou": both / either if either else 1.0,
+        "regrown_fraction": (active - stayed) / active if active else 0.0,
+        "mask_changed": either - stayed,
+        "mask_iou": stayed / either if either else 1.0,
     }
