@@ -1,4 +1,7 @@
-"""What every hook must keep, checked after each: a breach names the place and both counts."""
+"""What every hook must keep, checked after each, or at last after the round's training.
+
+A breach names the place and both counts.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from .budget import Budget
 from .errors import RunError
 from .functional import is_stacked
 from .state import Aggregated, Carry, Frozen, Masks, Params, Readjusted, ServerState
+
+OPEN = 64  # checks of clients between two looks at their counts
 
 
 class ContractError(RunError):
@@ -130,6 +135,8 @@ class Contracts:
                 count.forbid(moved, f"{name!r}: {{count}} frozen values changed (allowed: 0)")
         if later:
             self.open.append((where, count.messages, torch.stack(count.counts)))
+            if len(self.open) == OPEN:
+                self.settle()
         else:
             count.verdict(where)
 
@@ -214,9 +221,9 @@ class Contracts:
     def budget(self, where: Where, mask: Masks, budget: Budget, promise: str) -> None:
         """Active counts "exact"ly the budget's, or "at most"."""
         if promise != "none":
-            self.counts(where, masks.active(mask), budget, promise)
+            self.budget_of(where, masks.active(mask), budget, promise)
 
-    def counts(self, where: Where, counts: Mapping[str, int], budget: Budget, promise: str) -> None:
+    def budget_of(self, where: Where, counts: Mapping[str, int], budget: Budget, promise: str) -> None:
         """`budget`, of active weights that are counted already."""
         if promise == "none":
             return

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from . import rng
+from .selection import readable
 
 WHOLE_CHANNELS = (functional.dropout1d, functional.dropout2d, functional.dropout3d)
 
@@ -58,4 +59,6 @@ class KeyedDropout(TorchFunctionMode):
         if p == 1.0:
             return torch.zeros_like(input)
         kept = rng.above(rng.fold(self.key, self.calls), shape, p)
-        return input * kept.to(input.dtype).mul_(1 / (1 - p))
+        if readable(input) and input.dtype == torch.float32:  # half the time, four times the memory
+            return input * kept.to(input.dtype).mul_(1 / (1 - p))
+        return torch.where(kept, input * (1 / (1 - p)), 0.0)

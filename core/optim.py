@@ -131,7 +131,10 @@ def _at_once(
     weight_decay: float,
     nesterov: bool,
 ) -> tuple[Tensors, Tensors | None]:
-    """`_foreach` under vmap, for all clients: saves a small model a fourth of what its step launches."""
+    """`_foreach` under vmap, for all clients: saves a small model a fourth of what its step launches.
+
+    What it returns has no gradient, unlike what `_elementwise` does.
+    """
     settings = _Settings(velocity is not None, lr, momentum, weight_decay, nesterov)
     made = _Stacked.apply(settings, *params, *grads, *(velocity or []), *trainable)
     count = len(params)

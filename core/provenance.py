@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 CONDITIONS = ("task.data_root", "task.download", "execution.", "output.")
-"""Settings that make no other run of it; but `output.evaluate_every` decides which round is the best."""
+"""Settings that say where and how a run is computed; but `output.evaluate_every` decides its best round."""
 
 
-def counts(path: str) -> bool:
+def matters(path: str) -> bool:
     """Whether a run's figures depend on the setting, but for the seed."""
     return path == "output.evaluate_every" or not (path == "seed" or path.startswith(CONDITIONS))
 
@@ -72,5 +72,5 @@ def about(resolved: Resolved) -> dict[str, Any]:
     formula = " ".join((paper_bytes.__doc__ or "").split())
     if counting:
         formula = f"{type(counting[0]).__name__}: {counting[0].summary()}"
-    settings = {path: value for path, value in leaves(resolved.tree()) if counts(path)}
+    settings = {path: value for path, value in leaves(resolved.tree()) if matters(path)}
     return {"paper": method.paper, "paper_formula": formula, "parts": parts, "settings": settings}

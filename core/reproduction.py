@@ -22,7 +22,7 @@ from .ablation import Interval, Spread, Trial, paired, spread, state_of
 from .card import leaves
 from .config import Layer, problems_of
 from .errors import ConfigError, Problem, RunError, nearest
-from .provenance import counts
+from .provenance import about, matters
 
 PAPERS = Path(__file__).parents[1] / "configs" / "papers"
 FILE = "table.toml"
@@ -139,6 +139,10 @@ class Table:
     def reference(self, row: str) -> str:
         """The row's preset as `--config` takes it, from the folder in which the table's lies."""
         return f"papers/{self.name}/{row}" if self.shipped else f"{self.name}/{row}.toml"
+
+    def preset(self, row: str) -> str:
+        """The row's preset as `resolve` takes it here."""
+        return self.reference(row) if self.shipped else str(self.folder / f"{row}.toml")
 
     def only(self, rows: Sequence[str], seeds: Sequence[int] | None) -> Table:
         """The table with some rows (none named: all) and seeds, and the claims about these rows.
@@ -283,20 +287,46 @@ def _kept(folder: Path, rows: Sequence[str], problems: list[Problem]) -> dict[st
 
 
 def _of_another_row(path: Path, summary: Summary, preset: Path) -> list[Problem]:
-    """Settings of a run that are not those that the preset sets."""
+    """That a run had another method or number of rounds than the preset sets, if it sets them."""
     try:
-        sets = dict(leaves(tomllib.loads(preset.read_text(encoding="utf-8"))))
+        settings = tomllib.loads(preset.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []  # whoever plays it is told
-    ran = summary.settings | {"method.plugin": summary.method, "federation.rounds": summary.rounds}
+    ran = {"method.plugin": summary.method, "federation.rounds": summary.rounds}
     problems = []
-    for name, wanted in sets.items():
-        there = ran.get(name, ran.get(f"{name}.use"))
-        # a part may be named by its method alone, a plugin by its file
-        use = name.endswith(".use") or (name == "method.plugin" and not str(wanted).isidentifier())
-        if there is not None and wanted != there and not use:
+    for name, there in ran.items():
+        section, key = name.split(".")
+        table = settings.get(section)
+        wanted = table.get(key) if isinstance(table, dict) else None
+        plugin_file = isinstance(wanted, str) and not wanted.isidentifier()
+        if wanted is not None and wanted != there and not plugin_file:
             message = f"{path.name} ran with {name} = {there!r}, but {preset.name} has {wanted!r}"
             problems.append(Problem("", f"{message}; keep it beside its own preset"))
+    return problems
+
+
+def other_settings(table: Table) -> list[Problem]:
+    """Where a kept run's settings, as far as its summary has them, are not those of its preset.
+
+    Imports the presets' plugins, unlike `load`. Raises ConfigError for a preset that cannot be resolved.
+    """
+    from .resolve import resolve
+
+    problems = []
+    for row, runs in table.kept.items():
+        if not any(run.settings for run in runs.values()):
+            continue
+        preset = resolve(configs=[table.preset(row)])
+        wanted: dict[str, Any] = about(preset)["settings"]
+        # a setting that came after the run has its default there, and must not be set here
+        set_here = {path for path in wanted if preset.sources.get(path, "").startswith("config ")}
+        for seed, run in runs.items():
+            ran = run.settings or wanted
+            for path in sorted(wanted.keys() & ran.keys() | set_here):
+                if path not in ran or ran[path] != wanted[path]:
+                    was = f"with {path} = {ran[path]!r}" if path in ran else f"without {path}"
+                    message = f"{row}-seed{seed}.json ran {was}, but {row}.toml has {wanted[path]!r}"
+                    problems.append(Problem("", f"{message}; keep it beside its own preset"))
     return problems
 
 
@@ -330,7 +360,7 @@ def plan(table: Table, seeds: Sequence[int], sets: Sequence[str] = ()) -> tuple[
         problems.append(Problem("seed", "given by --set; seeds are given by --seeds"))
     trials, changes = list[Trial](), dict[str, Any]()
     for row in table.presets:
-        preset = table.reference(row) if table.shipped else str(table.folder / f"{row}.toml")
+        preset = table.preset(row)
         try:
             made = [
                 resolve(configs=[preset], sets=sets, layers=[Layer("--seeds", {"seed": seed})])
@@ -346,7 +376,7 @@ def plan(table: Table, seeds: Sequence[int], sets: Sequence[str] = ()) -> tuple[
         ]
         was, now = dict(leaves(plain.tree())), dict(leaves(made[0].tree()))
         changes |= {
-            path: now.get(path) for path in {**was, **now} if was.get(path) != now.get(path) and counts(path)
+            path: now.get(path) for path in {**was, **now} if was.get(path) != now.get(path) and matters(path)
         }
     if problems:
         raise ConfigError(dict.fromkeys(problems))

@@ -13,8 +13,19 @@ from .ablation import Interval, Spread
 from .card import Section, table_lines
 from .config import toml_value
 from .disk import replace
-from .errors import RunError
-from .reproduction import NOT_RUN, PAPERS, Judged, Measured, Row, Runs, Table, judged, measured
+from .errors import ConfigError, RunError
+from .reproduction import (
+    NOT_RUN,
+    PAPERS,
+    Judged,
+    Measured,
+    Row,
+    Runs,
+    Table,
+    judged,
+    measured,
+    other_settings,
+)
 
 PAGE = "README.md"
 WRITTEN = "<!-- written by `fedsparse reproduce --write"
@@ -181,8 +192,12 @@ def with_claims(readme: str, tables: Sequence[Table]) -> str:
 def write(tables: Sequence[Table], every: Sequence[Table]) -> list[Path]:
     """Writes the tables' pages and, in a checkout, the README's list of the claims of `every` shipped table.
 
-    The files that were written. Raises DiskError, and RunError for a page that somebody else wrote.
+    The files that were written. Raises DiskError, RunError for a page that somebody else wrote, and
+    ConfigError for kept runs of other settings than their presets'.
     """
+    problems = [problem for table in tables for problem in other_settings(table)]
+    if problems:
+        raise ConfigError(problems)
     texts = {table.folder / PAGE: page(table) for table in tables}
     readme = PAPERS.parents[1] / PAGE
     if readme.is_file() and any(table.shipped for table in tables):  # no wheel has one

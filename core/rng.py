@@ -61,7 +61,7 @@ def bits(stream: Tensor, shape: Sequence[int]) -> Tensor:
     """Independent uniform integers in [0, 2^63), int64 of the given shape."""
     count = int(np.prod(shape, dtype=np.int64))
     if readable(stream):
-        return torch.from_numpy(_host_bits(stream.item(), count)).view(tuple(shape))
+        return torch.from_numpy(_host_bits(int(stream.item()), count)).view(tuple(shape))
     position = torch.arange(1, count + 1, device=stream.device)
     # the compiler would take the product of an index and a number for an address, which does not wrap
     golden = (stream & 0) | GOLDEN if torch.compiler.is_compiling() else GOLDEN
@@ -91,11 +91,11 @@ def generator(*path: str | int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(_digest(*path)))
 
 
-def _host_bits(stream: float, count: int) -> np.ndarray:
+def _host_bits(stream: int, count: int) -> np.ndarray:
     """`bits` as an array."""
     value = np.arange(1, count + 1, dtype=np.uint64)
     value *= np.uint64(GOLDEN % 2**64)
-    value += np.uint64(int(stream) % 2**64)
+    value += np.uint64(stream % 2**64)
     moved = np.empty_like(value)
     for by, factor in ((30, _MIX_1), (27, _MIX_2), (31, 1)):
         np.right_shift(value, np.uint64(by), out=moved)

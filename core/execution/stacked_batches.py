@@ -19,7 +19,7 @@ from .step import IGNORED
 class StackedBatches:
     """One local epoch of clients that have ever fewer samples, `counts`, from `starts` on in `samples`.
 
-    What a step costs the host does not depend on how many clients take it.
+    What a step launches on the device does not depend on how many clients take it.
     """
 
     samples: Batch

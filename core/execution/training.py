@@ -15,7 +15,7 @@ from ..budget import Budget
 from ..compose import Hooks
 from ..contracts import Contracts, versions
 from ..dropout import drops
-from ..errors import FedsparseError, RunError
+from ..errors import RunError
 from ..ledger import Ledger, on_wire
 from ..loss import ClientLoss, ModelLoss
 from ..memory import out_of_memory
@@ -87,14 +87,17 @@ class Executor(ABC):
         uploads = Uploads(self.hooks.gathered)
         try:
             self.train_all(plan, clients, uploads)
+            if self.contracts:
+                self.contracts.settle()
         except Exception as error:
             if out_of_memory(error):
                 raise RunError(self.too_large()) from error
-            if self.contracts and isinstance(error, FedsparseError):
+            if self.contracts:
                 self.contracts.settle()  # an earlier breach may be why
             raise
-        if self.contracts:
-            self.contracts.settle()
+        finally:
+            if self.contracts:
+                self.contracts.open.clear()
         if versions(*given) != before:
             raise self.hooks.where("local_step").breach("wrote into a tensor it was given; return new ones")
         self.hooks.at = (plan.clock.round, None)
@@ -253,12 +256,16 @@ class Executor(ABC):
         uploads.add(uploads.score, {name: weight * value for name, value in score.items()})
 
     def check_trained(self, plan: Plan, params: Params, mask: Masks, later: bool = False) -> None:
-        """The contract of local training, for one client or for stacked ones."""
+        """The contract of local training, for one client or for stacked ones.
+
+        `later`: a device need not be waited for client by client; on a CPU there is nothing to wait for.
+        """
         if self.contracts:
             where, state = self.hooks.where("local_step"), plan.state
             # tensors that train whole have nothing to hold still
             bound = {n: m for n, m in mask.items() if n in plan.trainable or m is not state.mask[n]}
             frozen = {n: f for n, f in state.frozen.items() if n in plan.trainable}
+            later = later and self.task.device.type != "cpu"
             self.contracts.values(where, params, bound, frozen, state.params, later)
 
     def sound(self, model: Iterable[Tensor], loss: Tensor) -> Tensor:

@@ -289,13 +289,14 @@ class Vectorised(Executor):
                 self.contracts.frozen(where, state.frozen, own.mask)
                 self.contracts.values(where, own.params, own.mask, state.frozen, state.params)
             raise
-        counts = torch.stack([mask.flatten(1).sum(1) for mask in chunk.mask.values()], 1).tolist()
+        promise = self.hooks.promise("readjust")
+        if promise == "none":
+            return
+        counts = torch.stack([mask.reshape(len(mask), -1).sum(1) for mask in chunk.mask.values()], 1).tolist()
         for client, own_counts in zip(chunk.clients, counts, strict=True):
             self.hooks.at = (plan.clock.round, client.number)
             named = dict(zip(chunk.mask, own_counts, strict=True))
-            self.contracts.counts(
-                self.hooks.where("readjust"), named, plan.budget, self.hooks.promise("readjust")
-            )
+            self.contracts.budget_of(self.hooks.where("readjust"), named, plan.budget, promise)
         self.hooks.at = (plan.clock.round, None)
 
     def contribute(self, plan: Plan, chunk: Chunk) -> None:

@@ -41,11 +41,12 @@ class Codec(IntEnum):
 
 def on_host(masks: Masks) -> Masks:
     """The masks on the CPU: themselves if they are there, else copies, in one transfer."""
-    if all(mask.device.type == "cpu" for mask in masks.values()):
+    away = {name: mask for name, mask in masks.items() if not mask.is_cpu}
+    if not away:
         return masks
-    flat = torch.cat([mask.reshape(-1) for mask in masks.values()]).cpu()
-    parts = torch.split(flat, [mask.numel() for mask in masks.values()])
-    return {name: part.view(masks[name].shape) for name, part in zip(masks, parts, strict=True)}
+    flat = torch.cat([mask.reshape(-1) for mask in away.values()]).cpu()
+    parts = torch.split(flat, [mask.numel() for mask in away.values()])
+    return masks | {name: part.view(away[name].shape) for name, part in zip(away, parts, strict=True)}
 
 
 def encode_masks(masks: Mapping[str, Tensor], reference: Mapping[str, Tensor] | None = None) -> bytes:

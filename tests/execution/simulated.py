@@ -1,8 +1,8 @@
 """A second device, played on the CPU: what would fail or wait on a GPU shows on a machine without one.
 
 Its tensors report a device of their own and cannot meet the CPU's. The CPU's kernels compute them. Counted
-are `waits`, where the host needs something from the device or blocks on a copy to it, and `launches`, the
-operations that are no views.
+are `waits`, where the host needs something from the device or blocks on a copy to it (one that asks not to
+block does not here), and `launches`, the operations that are no views.
 """
 
 from __future__ import annotations

@@ -182,6 +182,17 @@ def test_keyed_dropout_is_dropout(function):
         assert torch.equal(out, function(inputs, 0.3))
 
 
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.4])
+def test_keyed_dropout_of_half_types_rounds_once(p):
+    """A factor that was rounded to 8 bits itself would scale every entry by up to 0.2 % too much."""
+    inputs = torch.randn(2000, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    with KeyedDropout(rng.key(0)):
+        out = dropout(inputs, p)
+    scaled = (inputs.float() * (1 / (1 - p))).to(torch.bfloat16)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, torch.where(out == 0, 0.0, scaled))
+
+
 def test_keyed_dropout_under_vmap_equals_the_loop():
     inputs, keys = torch.randn(3, 4, 5), torch.stack([rng.key(k) for k in range(3)])
 

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from fedsparse.core import optim, rng, task
 from fedsparse.core.engine import Engine
+from fedsparse.core.ledger import on_host
 from fedsparse.core.registry import Registry
 from fedsparse.core.state import moved_to
 
@@ -176,6 +177,15 @@ def test_a_tensor_that_stayed_behind_is_found(device):
         there + torch.ones(3)
     assert (there + 1.0).sum().item() == 6.0
     assert simulated.waits["_local_scalar_dense"] == 1
+
+
+def test_masks_come_to_the_host_together_and_one_that_is_there_stays(device):
+    here, there = torch.rand(3, 4) < 0.5, {name: torch.rand(5, 2) < 0.5 for name in "ab"}
+    moved = on_host({"here": here} | {name: mask.to(device) for name, mask in there.items()})
+    assert list(moved) == ["here", "a", "b"]
+    assert moved["here"] is here
+    assert all(torch.equal(moved[name], mask) for name, mask in there.items())
+    assert simulated.waits["a copy"] == 2 + 1  # there, and back
 
 
 def test_keys_are_the_cpus_bit_for_bit(device):

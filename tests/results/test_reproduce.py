@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from statistics import mean, stdev
@@ -11,8 +12,10 @@ import pytest
 from fedsparse.core import ablation, reproduction, runner
 from fedsparse.core.ablation import Interval, paired
 from fedsparse.core.errors import ConfigError
-from fedsparse.core.reproduction import judged, load, verdict
-from fedsparse.core.reproduction_page import claims_of, page, plain
+from fedsparse.core.provenance import about
+from fedsparse.core.reproduction import judged, load, other_settings, verdict
+from fedsparse.core.reproduction_page import claims_of, page, plain, write
+from fedsparse.core.resolve import resolve
 
 PRESET = '# tiny\n[method]\nplugin = "{plugin}"\n[federation]\nrounds = 4\nlocal_epochs = 1\n'
 TABLE = """
@@ -225,13 +228,51 @@ def test_a_kept_run_of_another_row_is_refused(kept):
     said = "\n".join(problems(kept))
     assert "sparse-seed1.json ran with method.plugin = 'fedavg', but sparse.toml has 'pffdst'" in said
     assert "dense-seed0.json ran with federation.rounds = 5, but dense.toml has 4" in said
-    with (kept / "dense.toml").open("a") as preset:
-        preset.write('[task]\nmodel = "mlp"\n')
-    settings = {"federation.rounds": 4, "federation.local_epochs": 7, "task.model.use": "lenet"}
-    (kept / "dense-seed0.json").write_text(json.dumps(summary | {"settings": settings}))
-    said = "\n".join(problems(kept))
-    assert "dense-seed0.json ran with federation.local_epochs = 7, but dense.toml has 1" in said
-    assert "dense-seed0.json ran with task.model = 'lenet', but dense.toml has 'mlp'" in said
+
+
+def recorded(kept, row, **changes):
+    """The kept runs with the settings of their presets, seed 0 of a row with changes; None drops one."""
+    for name in METHODS:
+        settings = about(resolve(configs=[str(kept / f"{name}.toml")]))["settings"]
+        for seed in range(3):
+            own = settings | (changes if (name, seed) == (row, 0) else {})
+            path = kept / f"{name}-seed{seed}.json"
+            summary = json.loads(path.read_text())
+            summary["settings"] = {path: value for path, value in own.items() if value is not None}
+            path.write_text(json.dumps(summary))
+    return load(str(kept))
+
+
+CHANGED = {
+    "federation.local_epochs": (7, "1"),
+    "federation.momentum": (0.5, "0.0"),
+    "task.dataset.use": ("mnist", "'digits'"),
+    "task.model.use": ("lenet", "'mlp'"),
+    "task.partition.alpha": (0.1, "0.5"),
+    "method.readjust.use": ("feddst:Regrow", "'pffdst:ServerReadjust'"),
+    "faults.deadline": (1.5, "None"),
+}
+OWN = '[task]\ndataset = "digits"\nmodel = "mlp"\n[task.partition]\nuse = "dirichlet"\nalpha = 0.5\n'
+
+
+@pytest.mark.parametrize("setting", CHANGED)
+def test_kept_runs_of_other_settings_are_refused_when_pages_are_written(kept, setting):
+    with (kept / "sparse.toml").open("a") as preset:
+        preset.write(OWN)
+    given, there = CHANGED[setting]
+    table = recorded(kept, "sparse", **{setting: given})
+    said = f"sparse-seed0.json ran with {setting} = {given!r}, but sparse.toml has {there}"
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        write([table], [])
+    assert len(caught.value.problems) == 1
+    assert write([recorded(kept, "sparse")], [])
+
+
+def test_a_setting_that_came_after_a_run_had_its_default(kept):
+    """Unless the preset sets it, which the run cannot have known."""
+    assert not other_settings(recorded(kept, "sparse", **{"federation.weight_decay": None}))
+    (problem,) = other_settings(recorded(kept, "sparse", **{"federation.local_epochs": None}))
+    assert "sparse-seed0.json ran without federation.local_epochs, but sparse.toml has 1" in str(problem)
 
 
 def test_kept_files_that_are_no_finished_runs_of_rows_are_refused(kept):
