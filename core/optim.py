@@ -77,13 +77,21 @@ def _foreach(
     direction = grads if velocity is None else velocity
     if velocity is not None and nesterov:
         direction = list(torch._foreach_add(grads, velocity, alpha=momentum))
-    masked = [
-        d if mask is None else d * mask.view(torch.uint8)  # on CPUs three times as fast as by bools
-        for d, mask in zip(direction, trainable, strict=True)
-    ]
+    each = list(zip(params, direction, trainable, strict=True))
+    if params[0].is_cpu and not isinstance(lr, Tensor):
+        whole = [(p, d) for p, d, mask in each if mask is None]
+        rest = iter(torch._foreach_add(*map(list, zip(*whole, strict=True)), alpha=-lr) if whole else ())
+        return [next(rest) if mask is None else _moved(p, d, mask, lr) for p, d, mask in each], velocity
+    masked = [d if mask is None else d * mask.view(torch.uint8) for _, d, mask in each]
     if isinstance(lr, Tensor):  # a rate that a part computed stays on the device
         return list(torch._foreach_add(params, torch._foreach_mul(masked, -lr))), velocity
     return list(torch._foreach_add(params, masked, alpha=-lr)), velocity
+
+
+def _moved(param: Tensor, direction: Tensor, mask: Tensor, lr: float) -> Tensor:
+    """param - lr·direction where the mask is on; products by bools or bytes take 2 to 6 times as long."""
+    step = mask.view(torch.uint8).to(direction.dtype).mul_(direction)
+    return torch.add(param, step, alpha=-lr, out=step)
 
 
 def _elementwise(
