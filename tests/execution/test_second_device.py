@@ -171,6 +171,29 @@ def test_an_update_of_stacked_clients_launches_what_that_of_one_does(device, mom
             assert all(torch.equal(one[at], other) for one, other in leaves)
 
 
+SMALL_CNN = {"task__model__use": "cnn", "task__model__hidden": None, "task__dataset__train": 1600}
+SMALL_CNN |= {"task__dataset__channels": 3, "task__dataset__height": 12, "task__dataset__width": 12}
+SMALL_CNN |= {"federation__clients": 40, "federation__local_epochs": 1, "federation__batch_size": 10}
+
+
+def test_the_readmes_counts_of_waits(make_there):
+    """In the fourth round of a small CNN; and what each client more costs that is not stacked."""
+
+    def waits(plugin, kind, clients):
+        changes = {"execution__executor": kind, "federation__clients_per_round": clients}
+        engine, _ = make_there(plugin, output__evaluate_every=50, federation__rounds=6, **SMALL_CNN | changes)
+        rounds = engine.rounds(engine.start())
+        for _ in range(3):
+            next(rounds)
+        simulated.waits.clear()
+        next(rounds)
+        return simulated.waits.total()
+
+    counted = {plugin: waits(plugin, "vectorised", 10) for plugin in ("fedavg", "pffdst", "topk")}
+    assert counted == {"fedavg": 13, "pffdst": 26, "topk": 18}
+    assert waits("topk", "sequential", 20) - waits("topk", "sequential", 10) == 4 * 10
+
+
 def test_a_tensor_that_stayed_behind_is_found(device):
     there = torch.ones(3, device=device)
     with pytest.raises(AssertionError, match="tensors of the CPU"):
