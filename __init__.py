@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .core.budget import Budget, Layer
     from .core.errors import ConfigError, FedsparseError, RunError
     from .core.hookspecs import hookimpl
-    from .core.ledger import Traffic
+    from .core.ledger import PassDensity, Traffic
     from .core.loss import ClientLoss, Probe
     from .core.method import Method
     from .core.part import Part
@@ -54,6 +54,7 @@ _HOMES = {
     "FedsparseError": ".core.errors",
     "RunError": ".core.errors",
     "hookimpl": ".core.hookspecs",
+    "PassDensity": ".core.ledger",
     "Traffic": ".core.ledger",
     "ClientLoss": ".core.loss",
     "Probe": ".core.loss",
@@ -104,6 +105,7 @@ __all__ = [
     "Method",
     "Params",
     "Part",
+    "PassDensity",
     "Probe",
     "Readjusted",
     "Report",

@@ -570,7 +570,7 @@ def table(plan: Plan, out: Path) -> list[Row]:
                 mean("upload_bytes_total"),
                 mean("download_bytes_total"),
                 mean("flops_total"),
-                # a resumed run's summary times its last part only
+                # of rounds: without what a run takes to start
                 statistics.fmean(float(run.metrics["seconds"].sum()) for run in runs.values()),
                 len(runs),
             )

@@ -45,6 +45,7 @@ def open_ledger(
         buffers,
         macs,
         paper=hooks.paper_bytes if hooks.has_extra("paper_bytes") else paper_bytes,
+        passes=hooks.pass_densities(params, config.sparsity.target),
         encode=config.ledger.encode,
         values=TYPES[config.ledger.values],
         seed=seed,

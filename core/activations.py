@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import hardshrink, linear, pad
 from torch.overrides import TorchFunctionMode
 
+from .ledger import PassDensity
 from .loss import ClientLoss, ModelLoss
 from .schedule import share
 from .selection import kth_largest, readable
@@ -33,6 +34,17 @@ _PREFIX = "threshold/"
 def layers(params: Params) -> list[str]:
     """Names of the weights of convolutions and linear layers: matrices and what has more dimensions."""
     return [name for name, p in params.items() if p.dim() > 1]
+
+
+def pass_densities(
+    params: Params, density: Mapping[str, float], inputs: float | None = None
+) -> dict[str, PassDensity]:
+    """For the hook of this name: layers keep the fraction `inputs`, or that of the weights they use."""
+    return {
+        name: PassDensity(density[name], max(density[name] if inputs is None else inputs, FLOOR))
+        for name in layers(params)
+        if name in density
+    }
 
 
 def unset(params: Params) -> Params:

@@ -231,7 +231,7 @@ def _optimiser(result: Result) -> Section:
         ("local epochs", str(federation["local_epochs"])),
         ("batch size", f"{federation['batch_size']}, {'shuffled' if federation['shuffle'] else 'fixed'}"),
         ("learning rate", f"{rate:g}, {schedule}" + ("" if final is None else f" to {final:g} over rounds")),
-        ("momentum", f"{federation['momentum']:g}, from zero every round"),
+        ("momentum", f"{federation['momentum']:g}, from zero every round unless the method keeps it"),
         ("weight decay", f"{federation['weight_decay']:g} (L2, every parameter)"),
     ]
     return _facts("Local training", rows)

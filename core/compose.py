@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .contracts import Where, versions
 from .errors import ConfigError, FedsparseError, Problem, RunError, nearest
 from .hookspecs import PROJECT, SLOTS, Extras, hooks_of
-from .ledger import Traffic
+from .ledger import PassDensities, PassDensity, Traffic
 from .loss import ModelLoss
 from .method import Method
 from .part import KNOWN, PROMISES, Part, is_hook
@@ -168,6 +168,28 @@ class Hooks:
         if not isinstance(count, int | float) or not math.isfinite(count):
             raise self.where_extra("paper_bytes").breach(f"returned {count!r}; expected a number")
         return float(count)
+
+    def pass_densities(self, params: Params, target: float) -> PassDensities | None:
+        """What a step computes of each layer, by the densities of the mask; None: all that the mask has."""
+        if not self.get("pass_densities"):
+            return None
+
+        def asked(density: Mapping[str, float]) -> Mapping[str, PassDensity]:
+            found = self.call("pass_densities", dict, params=params, density=dict(density), target=target)
+            for name, each in found.items():
+                sound = isinstance(each, PassDensity) and all(isinstance(f, int | float) for f in each)
+                if (
+                    name not in density
+                    or not sound
+                    or not (0 <= each.weights <= density[name] and 0 <= each.inputs <= 1)
+                ):
+                    raise self.where("pass_densities").breach(
+                        f"returned {each!r} for {name!r}; expected a PassDensity, of weights at most "
+                        f"{density.get(name, 1):g} and of inputs at most 1, for some of {', '.join(density)}"
+                    )
+            return found
+
+        return asked
 
     def has_extra(self, name: str) -> bool:
         """Whether any part implements an extra hook."""

@@ -77,7 +77,12 @@ class FederationConfig(Section):
     learning_rate_final: float | None = Field(
         None, ge=0, description="rate that the schedule ends at; needed unless it is constant"
     )
-    momentum: float = Field(0.0, ge=0, lt=1, description="local; the buffer starts at zero every round")
+    momentum: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="local; the buffer starts at zero every round, unless the method keeps it",
+    )
     weight_decay: float = Field(0.0, ge=0, description="L2 coefficient, on every parameter")
 
     @model_validator(mode="after")

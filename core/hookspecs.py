@@ -1,10 +1,9 @@
 """The hooks: read this first when writing a method.
 
 A sparse federated method is five decisions, each a *slot*; a *part* fills a slot by implementing its hooks
-with `@hookimpl`. The classes below are the slots, their methods the hooks, in the order in which a round
-calls them. An implementation takes only the arguments that it wants, by name, and returns new tensors:
-hooks are pure. Client hooks see one client, must run under `torch.func.vmap` and so never branch on the
-value of a tensor.
+with `@hookimpl`. The classes below are the slots, their methods the hooks; each says when it is called. An
+implementation takes only the arguments that it wants, by name, and returns new tensors: hooks are pure.
+Client hooks see one client, must run under `torch.func.vmap` and so never branch on the value of a tensor.
 
 Types are in `core/state.py`; all are importable from `fedsparse`. `params` holds every trainable tensor by
 name; `mask` a bool tensor for each *prunable* one, on the same device; `frozen` the same for weights that no
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     from .budget import Budget
     from .config import RunConfig
-    from .ledger import Traffic
+    from .ledger import PassDensity, Traffic
     from .loss import ClientLoss, Probe
     from .method import Method
     from .state import (
@@ -128,7 +127,22 @@ class LocalStep:
 
     @hookspec(firstresult=True)
     def client_final(self, params: Params, anchor: Params, carry: Carry, memory: Memory) -> Memory:
-        """After a client's last step: its row for its next participation (SCAFFOLD, kept momentum)."""
+        """After a client's last step: its row for its next participation (SCAFFOLD, kept momentum).
+
+        Default: none.
+        """
+
+    @hookspec(firstresult=True)
+    def pass_densities(
+        self, params: Params, density: Mapping[str, float], target: float
+    ) -> dict[str, PassDensity]:
+        """For the FLOPs, in round 0 and when mask or frozen set have changed: what steps compute of layers.
+
+        `density` is the fraction of active weights in [0, 1] by the name of each layer's weights; of
+        `params` only shapes matter. Return entries for layers of which passes use fewer weights than these,
+        in the output and in the gradient of the inputs, or fewer inputs in that of the weights. Default:
+        none does.
+        """
 
 
 class FreezePolicy:
@@ -211,13 +225,14 @@ class Aggregate:
     ) -> Sums:
         """For every client that reports: tensors by name that the engine adds over these.
 
-        `weight` is the client's number of training samples, 0-d. `moved` is the same for all clients of a
-        round: whether they readjust in it, so that masks may differ from the server's. Buffers are averaged
-        by the engine. What is named "extra/…" is charged as sent beside the model; where the rest of its
-        name is a parameter's, it arrives as 0 wherever that does not train. A part whose attribute `sends`
-        is "support" (default "mask") sends what is not 0, both ways, not all that the mask allows (Top-K). A
-        part whose attribute `gathered` is True gets the contributions of all clients stacked instead of
-        added; every worker then holds as many of them as the round has clients.
+        `weight` is the client's number of training samples, 0-d, or what an `upload` part made of it.
+        `moved` is the same for all clients of a round: whether they readjust in it, so that masks may
+        differ from the server's. Buffers are averaged by the engine. What is named "extra/…" is
+        charged as sent beside the model; where the rest of its name is a parameter's, it arrives as 0
+        wherever that does not train. A part whose attribute `sends` is "support" (default "mask")
+        sends what is not 0, both ways, not all that the mask allows (Top-K). A part whose attribute
+        `gathered` is True gets the contributions of all clients stacked instead of added; every
+        worker then holds as many of them as the round has clients.
         """
 
     @hookspec(firstresult=True)
@@ -280,7 +295,7 @@ class Extras:
         """After every round: more numbers for its line of `metrics.jsonl`.
 
         Of `pool` clients `cohort` are sampled a round, and the uploads of `arrived` were aggregated.
-        `memory` is the part's own, and checkpointed.
+        `memory` is for this hook alone, apart from that of a slot, and checkpointed.
         """
 
     @hookspec

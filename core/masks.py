@@ -202,12 +202,16 @@ def full(params: Params, budget: Budget) -> Masks:
 def global_top(params: Params, mask: Masks, budget: Budget, frozen: Masks | None = None) -> Masks:
     """The active weights of largest magnitude in the whole network, whatever the budget's allocation.
 
-    All but round(S·P) of the P weights that the mask covers, zeros among those that go: exactly so many are
-    left unless fewer were active, or more are frozen.
+    As many as `network` allows, zeros among those that go: exactly so many are left unless fewer were active,
+    or more are frozen.
     """
+    return prune_smallest(params, mask, network(budget), frozen)
+
+
+def network(budget: Budget) -> Budget:
+    """All but round(S·P) of the network's P weights, wherever they are; `Budget.total` rounds (1-S)·P."""
     dropped = round(budget.sparsity * budget.weights)
-    network = Budget(budget.layers, "global", dropped / budget.weights)  # its total is exact to the unit
-    return prune_smallest(params, mask, network, frozen)
+    return Budget(budget.layers, "global", dropped / budget.weights)  # its total is exact to the unit
 
 
 def movable(mask: Masks, frozen: Masks) -> Masks:

@@ -395,9 +395,11 @@ def _sourced(problems: Iterable[Problem], merged: Merged) -> list[Problem]:
 
 
 def _no_method(name: str, plugin: Plugin, registry: Registry) -> str:
+    extras = all(part.slot() == "extras" for part in plugin.parts.values())
+    others = ", ".join(other for other in registry.names() if other != name)
     return (
         f"plugin {name!r} has parts ({', '.join(sorted(plugin.parts))}) but no METHOD; run it by "
-        f"--swap SLOT={name}:Part on another method: {', '.join(registry.names())}"
+        f"{f'--extra {name}' if extras else f'--swap SLOT={name}:Part'} on another method: {others}"
     )
 
 

@@ -1,4 +1,7 @@
-"""The k-th largest of many values, on host memory by numpy where that is several times faster than torch."""
+"""The k-th largest of many values: on host memory by numpy where that is several times faster than torch.
+
+On a device by sorting, from as many values on: its selection runs in one block of threads.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from torch import Tensor
 from .functional import is_stacked
 
 _SHIFT, _BUCKETS = 20, 1 << 12  # buckets of float32 values by sign, exponent and three bits of the fraction
-_FEW = 1 << 15  # torch's own selection is faster up to here, and several times slower soon after
+# torch's own selection is faster up to here, and on a CPU several times slower soon after
+_FEW = 1 << 15
 
 
 def readable(*tensors: Tensor) -> bool:
@@ -32,6 +36,8 @@ def kth_largest(values: Tensor, k: int | Tensor) -> Tensor:
     if isinstance(k, Tensor):
         return _at(flat, k)
     place = flat.numel() - k
+    if flat.numel() > _FEW and not flat.is_cpu:
+        return flat.sort().values[place]
     if flat.numel() <= _FEW or not readable(flat) or flat.dtype == torch.bfloat16:
         return flat.kthvalue(place + 1).values
     numbers = flat.numpy()
@@ -66,7 +72,10 @@ class _Ranked(torch.autograd.Function):
         if isinstance(count, Tensor):
             ordered = flat.sort(dim=1, descending=True).values
             return ordered.gather(1, (count - 1).expand(rows).view(-1, 1)).view(-1), 0
-        return flat.kthvalue(flat.shape[1] - count + 1, dim=1).values, 0
+        place = flat.shape[1] - count
+        if flat.shape[1] > _FEW and not flat.is_cpu:
+            return flat.sort(dim=1).values[:, place], 0
+        return flat.kthvalue(place + 1, dim=1).values, 0
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:

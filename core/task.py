@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -196,8 +197,10 @@ def choose_device(name: str) -> torch.device:
 def use_precision(setting: str, device: torch.device) -> None:
     """Lets this process's GPU round products and convolutions to TF32, or not."""
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = setting != "float32"
-        torch.backends.cudnn.allow_tf32 = setting != "float32"
+        with warnings.catch_warnings():  # newer releases name other settings, which older ones do not have
+            warnings.simplefilter("ignore")
+            torch.backends.cuda.matmul.allow_tf32 = setting != "float32"
+            torch.backends.cudnn.allow_tf32 = setting != "float32"
 
 
 def prunable_layers(model: nn.Module, sparsity: SparsityConfig) -> tuple[Layer, ...]:

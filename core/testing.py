@@ -113,7 +113,7 @@ def checks(plugin: str | Method, *, settings: Mapping[str, Any] | None = None) -
     They play short runs of a tiny task on one CPU thread: fields named `period` are shortened to 2 rounds.
     `settings` change that by dotted path, `{"method.readjust.period": 3}`, or as tables. A plugin without a
     METHOD is checked part by part, each in its slot of FedAvg. Raises ConfigError if the plugin cannot be
-    loaded, or if `settings` are wrong.
+    loaded, or if `settings` are wrong for a METHOD (for parts, the checks say so).
     """
     registry = Registry()
     name, found = _found(plugin, registry)
@@ -221,7 +221,7 @@ def _within(engine: Engine, state: ServerState, promise: str, when: str) -> None
 
 
 def called(subject: Subject) -> str:
-    """No hook stays untried: a check of a hook that is never called says nothing."""
+    """No hook of a slot stays untried: a check of a hook that is never called says nothing."""
     engine = subject.engine()
     watch = Watch(engine)
     for _ in engine.rounds(engine.start()):
@@ -236,7 +236,7 @@ def called(subject: Subject) -> str:
 
 
 def pure(subject: Subject) -> str:
-    """No hook writes into a tensor that it was given."""
+    """No hook of a slot writes into a tensor that it was given."""
     engine = subject.engine()
     watch = Watch(engine)
     for _ in engine.rounds(engine.start()):

@@ -6,7 +6,8 @@ noisy gradient instead, with momentum and a step by weight, and costs no byte. W
 frozen or was drawn anew has no momentum.
 
 Fidelity: no paper's method; the parts are those of `pffdst` and `fedadam`, as they are there. Found on
-CIFAR-10 with LeNet, seed 100; its evidence, on other seeds, is the table papers/lenet-cifar10.
+CIFAR-10 with LeNet, seed 100; its evidence, on other seeds, is the table papers/lenet-cifar10: ahead of
+PFFDST by 2.7 points with 2 local epochs a round, which three seeds do not show, and as far as it with 4.
 """
 
 from __future__ import annotations

@@ -171,7 +171,10 @@ class MaskedMean(Part):
 
 
 class CodeCost(Part):
-    """Bytes as the released code counts them: 1 bit a weight for masks, 32 bits a value and bias."""
+    """Bytes as the released code counts them: 1 bit a weight for masks, 32 bits a value and bias.
+
+    With its flag for a new mask mended: it compares with what was just overwritten, and so is never set.
+    """
 
     @hookimpl
     def paper_bytes(self, traffic: Traffic) -> float:

@@ -19,6 +19,7 @@ Other readjustments have schedules of their own, and then the three say when and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, cast
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from ..core import activations, masks, optim
 from ..core.hookspecs import hookimpl
+from ..core.ledger import PassDensity
 from ..core.loss import ClientLoss
 from ..core.method import Method
 from ..core.part import Part
@@ -98,6 +100,10 @@ class Extrusion(Part):
                 lr = cast(float, self.rate(low, lr, clock))  # a 0-d tensor multiplies as a number does
         params, state = optim.sgd(params, grads, carry.state, trainable, lr, momentum, weight_decay)
         return Stepped(params, Carry(carry.buffers, state), {"loss": value})
+
+    @hookimpl
+    def pass_densities(self, params: Params, density: Mapping[str, float]) -> dict[str, PassDensity]:
+        return activations.pass_densities(params, density, self.inputs) if self.inputs < 1 else {}
 
     def rate(self, low: Params, lr: float, clock: Clock) -> Tensor:
         """μ_t = max(η_t, β_t)."""

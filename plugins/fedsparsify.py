@@ -12,14 +12,15 @@ Fidelity: schedule, gate, threshold, vote and kept momentum are those of the aut
 trainable tensor, biases and normalisation included, so the preset sets sparsity.prunable = "all" and
 allocation = "global". N - int(s·N) weights stay (a budget rounds, which can be one fewer), and all that tie
 with the smallest of them. `variant` of the vote: "paper" keeps what at least half of the clients kept, our
-reading of a majority; "released" asks for floor(n/2), a minority for odd n. All published settings have
-n = 10 or 8, where both are the same. Our reading, too: until `start` the mask is full, and it becomes
-supp(w) only at a purge (the code's supp(w) of the first weights would freeze biases that start at 0); a mean
-that cancels to exactly 0 stays in the mask until the next purge; under another allocation than "global"
-each layer is pruned to its own budget. The purged model is broadcast, where the code sends the average and
-purges it again on the client. Only the code's VGG-16 has Nesterov momentum: `nesterov` is off by default.
-Left out: fine-tuning after a local purge (off by default and broken in the code), the geometric schedule of
-an early state.
+reading of a majority; "released" asks for floor(n/2), a minority for odd n. All published settings have n =
+10 or 8, where both are the same. Our reading, too: until `start` the mask is full, and it becomes supp(w)
+only at a purge (the code's supp(w) of the first weights would freeze biases that start at 0); a mean that
+cancels to exactly 0 stays in the mask until the next purge; under another allocation than "global" each
+layer is pruned to its own budget. The purged model is broadcast, where the code sends the average and purges
+it again on the client. In Local the momentum of what a client purged restarts at 0, also where the vote
+keeps the weight (the code's stays). Only the code's VGG-16 has Nesterov momentum: `nesterov` is off by
+default. Left out: fine-tuning after a local purge (off by default and broken in the code), the geometric
+schedule of an early state.
 """
 
 from __future__ import annotations

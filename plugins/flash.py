@@ -94,7 +94,9 @@ class Consensus(Part):
     variant: Literal["original", "sparsyfed"] = Field(
         "original", description="how stage 1 ends: a random mask and fresh weights, or the largest averages"
     )
-    warmup: int = Field(1, ge=1, description="rounds of stage 1; more rounds sample more clients")
+    warmup: int = Field(
+        1, ge=1, description="rounds of stage 1 of the original; more rounds sample more clients"
+    )
 
     @hookimpl
     def contribute(self, params: Params, mask: Masks, weight: Tensor) -> Sums:
@@ -113,6 +115,8 @@ class Consensus(Part):
         key: Tensor,
         memory: Memory,
     ) -> Aggregated:
+        if self.variant == "sparsyfed":
+            budget = masks.network(budget)  # what its clients keep, to the unit
         mean = {name: sums[name] / sums["weight"] for name in params}
         moved = torch.stack([(sums[f"held/{n}"] != sums["votes"] * m).any() for n, m in mask.items()]).any()
         density = {name: sums[f"held/{name}"].sum(dtype=torch.float64) for name in mask}

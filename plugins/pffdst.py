@@ -16,10 +16,11 @@ s1, not the target: its README's 0.95 is `sparsity.target` = 2·0.95 - 1 = 0.9. 
 
 `variant = "released"` of FreezeHalf freezes the network of the best *test* accuracy so far, all of its mask,
 and rolls the run back to it; one that was best inside the window is denser than half A, and so is what
-follows. Test data then decide on training: use it to repeat the code, not to compare methods. The paper
-does not say which network it freezes; "paper" takes the current one. The code samples clients with
-replacement: `federation.replacement`. f·n is not truncated in floating point (38,399 for 38,400 in the code),
-and no client is weighted by batches unless `aggregate.batch_size` says so.
+follows. Test data then decide on training: use it to repeat the code, not to compare methods. The paper does
+not say which network it freezes; "paper" takes the current one. The code samples clients with replacement:
+`federation.replacement`. It evaluates rounds 0, 10, 20, …, right after a readjustment, a run of ours the
+rounds before those. f·n is not truncated in floating point (38,399 for 38,400 in the code), and no client is
+weighted by batches unless `aggregate.batch_size` says so.
 """
 
 from __future__ import annotations
@@ -97,10 +98,8 @@ class FreezeHalf(Part):
         else:  # the network of half A; a swapped readjustment can have left the mask denser than that
             frozen = dict(masks.prune_smallest(params, mask, budget.at((1 + target) / 2)))
         if self.freeze_scales:
-            scales = {
-                n: p for n, p in params.items() if n.endswith("weight") and n not in mask and p.dim() == 1
-            }
-            frozen |= {name: torch.ones_like(scale, dtype=torch.bool) for name, scale in scales.items()}
+            scales = [n for n, p in params.items() if n.endswith("weight") and n not in mask and p.dim() == 1]
+            frozen |= {name: torch.ones_like(params[name], dtype=torch.bool) for name in scales}
         half_a = (1 - target) / 2
         grown = {layer.name: share(layer.weights, 1 - budget.sparsity - half_a) for layer in budget.layers}
         moved = masks.grow_random(mask, grown, key)
@@ -188,13 +187,18 @@ class ServerReadjust(Part):
 
 
 class CodeCost(Part):
-    """Bytes as the released code counts them: trainable values, biases, 1 bit a weight for a new mask."""
+    """Bytes as the released code counts them: trainable values, biases, 1 bit a weight for a new mask.
+
+    Of masks, a new one costs the bits of its trainable weights down; a client's own, those of all weights
+    up. The code takes its nominal share for the frozen weights, and counts BatchNorm's masks as weights.
+    """
 
     @hookimpl
     def paper_bytes(self, traffic: Traffic) -> float:
         values = 32 * (traffic.active - traffic.frozen + traffic.biases)
         download = traffic.mask_changed * (traffic.active - traffic.frozen)
-        return (download + (values if traffic.round > 0 else 0) + values) / 8
+        upload = values + traffic.client_readjusted * traffic.weights
+        return (download + (values if traffic.round > 0 else 0) + upload) / 8
 
 
 METHOD = Method(

@@ -20,6 +20,7 @@ training, where the download decides it for the round.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -29,6 +30,7 @@ from torch.nn.functional import normalize
 
 from ..core import activations, optim
 from ..core.hookspecs import hookimpl
+from ..core.ledger import PassDensity
 from ..core.loss import ClientLoss
 from ..core.method import Method
 from ..core.part import Part
@@ -109,6 +111,10 @@ class PoweredSgd(Part):
         grads |= {name: grads[name] + pulled for name, pulled in pull.items()}
         params, state = optim.sgd(params, grads, carry.state, trainable, lr, momentum, weight_decay)
         return Stepped(params, Carry(carry.buffers, state), {"loss": value + penalty})
+
+    @hookimpl
+    def pass_densities(self, params: Params, density: Mapping[str, float]) -> dict[str, PassDensity]:
+        return activations.pass_densities(params, density) if self.prune_activations else {}
 
 
 def powered(params: Params, exponents: Params, inverse: bool = False) -> Params:

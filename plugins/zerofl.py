@@ -14,6 +14,7 @@ the sparse copies, as SWAT's layers do; a network without convolutions excludes 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from ..core import activations, masks, optim
 from ..core.budget import Budget
 from ..core.hookspecs import hookimpl
+from ..core.ledger import PassDensity
 from ..core.loss import ClientLoss
 from ..core.method import Method
 from ..core.part import Part
@@ -68,6 +70,14 @@ class Swat(Part):
         )
         params, state = optim.sgd(params, grads, carry.state, trainable, lr, momentum, weight_decay)
         return Stepped(params, Carry(carry.buffers, state), {"loss": value})
+
+    @hookimpl
+    def pass_densities(
+        self, params: Params, density: Mapping[str, float], target: float
+    ) -> dict[str, PassDensity]:
+        sizes = {name: params[name].numel() for name in self.pruned(params) if name in density}
+        used = {name: min(density[name], 1 - share(size, target) / size) for name, size in sizes.items()}
+        return {name: PassDensity(used[name], 1 - target) for name in sizes}
 
 
 def straight_through(weight: Tensor, sparsity: float) -> Tensor:

@@ -20,6 +20,7 @@ from ...core.loss import casting
 from ...core.schedule import learning_rate
 from ...core.state import Params
 from ...core.task import Task
+from ...core.transfer import to_device
 
 CHUNK = 4096  # images that are normalised at once
 
@@ -103,7 +104,7 @@ class Bare:
             if own.shuffle:
                 stream = rng.generator(self.config.seed, "batches", number, client, epoch)
                 indices = stream.permutation(indices)
-            chosen = torch.from_numpy(np.ascontiguousarray(indices)).to(device)
+            chosen = to_device(np.ascontiguousarray(indices), device)
             inputs, targets = self.inputs.index_select(0, chosen), self.task.dataset.train_targets[chosen]
             if self.last:
                 inputs = inputs.permute(0, 3, 1, 2)

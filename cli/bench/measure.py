@@ -60,7 +60,7 @@ def measure(work: str, plan: Plan) -> dict[str, Any]:
             "device": torch.cuda.get_device_name(task.device) if gpu else "cpu",
             "parameters": sum(p.numel() for p in task.model.parameters()),
             "contenders": {
-                name: summary(seconds, name) | ({"peak_gpu_bytes": memory[name]} if gpu else {})
+                name: summary(seconds, name) | ({"gpu_bytes": memory[name]} if gpu else {})
                 for name in seconds
             },
             "floor": floor(task, resolved.config.execution.precision, range(1, plan.repeats + 1), me.size),
@@ -74,9 +74,13 @@ def measure(work: str, plan: Plan) -> dict[str, Any]:
 def _timed(
     name: str, contender: Contender, number: int, device: torch.device, me: workers.Workers
 ) -> tuple[float, int]:
-    """Seconds of one round, started by all workers together, and its peak of GPU memory in bytes."""
-    gpu = device.type == "cuda"
+    """Seconds of one round, started by all workers together, and what it takes of the GPU's memory, bytes.
+
+    That is its peak, less what all contenders hold between rounds: data, models, captured graphs.
+    """
+    gpu, held = device.type == "cuda", 0
     if gpu:
+        held = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         torch.cuda.synchronize(device)
     me.wait()
@@ -87,7 +91,7 @@ def _timed(
         raise RunError(f"{name}: {error}") from error
     if gpu:
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started, torch.cuda.max_memory_allocated(device) if gpu else 0
+    return time.perf_counter() - started, torch.cuda.max_memory_allocated(device) - held if gpu else 0
 
 
 def _bytes(peak: int) -> int:

@@ -71,7 +71,8 @@ def found_works(names: Sequence[str]) -> list[str]:
             for name in unknown
         )
     if not names:
-        names = [name for name in shipped if name not in FOR_GPUS or torch.cuda.is_available()]
+        # asking whether CUDA is available would keep this process from starting workers
+        names = [name for name in shipped if name not in FOR_GPUS or torch.cuda.device_count()]
     return [name if name.endswith(".toml") else FOLDER + name for name in names]
 
 
@@ -108,12 +109,12 @@ def show(console: Console, figures: Mapping[str, Any]) -> None:
     table.add_column("contender", no_wrap=True)
     headings = ["seconds a round", *(f"ratio to {base}" for base in BASES)]
     rows = figures["contenders"]
-    gpu = any("peak_gpu_bytes" in row for row in rows.values())
+    gpu = any("gpu_bytes" in row for row in rows.values())
     for heading in [*headings, "GPU memory"] if gpu else headings:
         table.add_column(heading, justify="right", overflow="fold")
     for name, row in rows.items():
         texts = [_spread(row, 3), *(_spread(row["ratios"][base], 2) for base in BASES)]
-        table.add_row(name, *texts, *([f"{row['peak_gpu_bytes'] / 1e6:,.0f} MB"] if gpu else []))
+        table.add_row(name, *texts, *([f"{row['gpu_bytes'] / 1e6:,.0f} MB"] if gpu else []))
     console.print(table)
     console.print("Medians (smallest to largest) over rounds; ratios are paired round by round.", style="dim")
     bound, fedavg = figures["floor"], figures["contenders"]["fedavg"]["median"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from ..compose import PluginError
 from ..contracts import Where, versions
-from ..errors import RunError
+from ..errors import FedsparseError, RunError
+from ..memory import out_of_memory
 from ..registry import describe
 from ..state import Batch, Clock, Stepped
 from .exchange import Plan, Totals, Uploads
@@ -110,6 +111,7 @@ class Lane:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.graph: torch.cuda.CUDAGraph | None = None
         self.form: Any = None
+        self.constants: dict[str, Any] = {}
 
     def load(self, step: Step, plain: Step, given: Given, constants: dict[str, Any]) -> None:
         """Brings a client's tensors to their places; captures the step if anything else changed.
@@ -118,32 +120,46 @@ class Lane:
         """
         self.step, self.plain = step, plain
         leaves, structure = pytree.tree_flatten(given)
-        form = constants, structure, [(t.shape, t.dtype, t.stride()) for t in leaves]
-        if form == self.form:
+        form = structure, [(t.shape, t.dtype, t.stride()) for t in leaves]
+        fits = form == self.form
+        if fits:
             _copy(_pairs(self.places, given))
         else:
-            self.places, self.totals, self.graph = pytree.tree_map(torch.clone, given), {}, None
-            if self.stream is not None:
-                self.capture(self.stream)
-            self.form = form
+            self.places, self.totals = pytree.tree_map(torch.clone, given), {}
+        if self.stream is not None and not (fits and constants == self.constants):
+            # for another number, such as the rate, libraries have chosen, but a compiler may have to begin
+            self.capture(self.stream, 1 if fits else WARM_UPS)
+        self.form, self.constants = form, constants
         for total in self.totals.values():
             total.zero_()
 
-    def capture(self, stream: torch.cuda.Stream) -> None:
+    def capture(self, stream: torch.cuda.Stream, warm_ups: int) -> None:
         """Records the step, which runs without effect before: libraries choose their kernels then."""
+        self.graph, self.form = None, None
         self.wait()
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
+            for _ in range(warm_ups):
                 self.stepped = self.step(self.places)
             for name, metric in self.stepped.metrics.items():
                 self.totals[name] = torch.zeros_like(metric, dtype=torch.float64)
         self.join()
-        graph = torch.cuda.CUDAGraph()
+        graph, failed = torch.cuda.CUDAGraph(), cast(Exception | None, None)
         try:
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self.run(self.step, self.places)
-        except (RuntimeError, PluginError) as error:  # it ran before: a graph is what it cannot be
-            raise CaptureError(describe(error)) from error
+            with (
+                torch.cuda.stream(stream),
+                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    self.run(self.step, self.places)
+                except (RuntimeError, FedsparseError) as error:
+                    failed = error  # the end of a capture that failed raises, too, and says less
+        except RuntimeError as error:
+            failed = failed or error
+        if failed is not None:
+            if out_of_memory(failed) or not isinstance(failed, RuntimeError | PluginError):
+                raise failed
+            # the step ran before: a graph is what it cannot be
+            raise CaptureError(describe(failed)) from failed
         self.graph = graph
 
     def run(self, step: Step, given: Given) -> None:
@@ -188,9 +204,12 @@ def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Writes values to places, each as it was before: one may be what lies at the place of another."""
     moving = [(place, value) for place, value in pairs if place is not value]
     written = {place.untyped_storage().data_ptr() for place, _ in moving}
-    values = [v.clone() if v.untyped_storage().data_ptr() in written else v for _, v in moving]
-    if moving:
-        torch._foreach_copy_([place for place, _ in moving], values)
+    types: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    for place, value in moving:
+        apart = value.clone() if value.untyped_storage().data_ptr() in written else value
+        types.setdefault((place.dtype, value.dtype), []).append((place, apart))
+    for same in types.values():  # of several types a GPU copies one tensor after another
+        torch._foreach_copy_([place for place, _ in same], [value for _, value in same])
 
 
 def _pairs(into: Any, values: Any) -> Iterator[tuple[Tensor, Tensor]]:

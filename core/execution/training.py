@@ -31,7 +31,7 @@ from ..state import (
     Stepped,
     Sums,
     Uploaded,
-    moved_to,
+    row_on,
 )
 from ..task import Task
 from .exchange import Plan, Uploads
@@ -150,7 +150,8 @@ class Executor(ABC):
         device = self.task.device
         if device.type == "cuda":
             torch.cuda.init()  # type: ignore[no-untyped-call]
-            generator = torch.cuda.default_generators[device.index or 0]
+            index = torch.cuda.current_device() if device.index is None else device.index
+            generator = torch.cuda.default_generators[index]
         else:
             generator = torch.default_generator
         before = generator.get_state()
@@ -180,7 +181,7 @@ class Executor(ABC):
                 mask=state.mask,
                 momentum=self.task.federation.momentum,
                 broadcast=broadcast,
-                memory=moved_to(state.rows.get(number, {}), self.task.device),
+                memory=row_on(self.task.device, state.rows.get(number, {})),
             )
         carry = Carry(dict(buffers), fresh)
         return Client(number, dict(params), dict(state.mask), carry, plan.trainable)
@@ -351,11 +352,11 @@ class Executor(ABC):
                 params=client.params,
                 anchor=state.params,
                 carry=client.carry,
-                memory=moved_to(state.rows.get(client.number, {}), self.task.device),
+                memory=row_on(self.task.device, state.rows.get(client.number, {})),
             )
             if self.contracts:
                 self.contracts.memory(self.hooks.where("client_final"), row)
-            state.rows[client.number] = moved_to(row, "cpu", copy=True)  # no view of a chunk's tensors
+            state.rows[client.number] = row_on("cpu", row, copy=True)  # no view of a chunk's tensors
 
 
 def finite(*tensors: Tensor) -> Tensor:

@@ -112,6 +112,7 @@ class Vectorised(Executor):
                 self.upload(plan, chunk, uploads)
             return True
         # here, where the error and with it the tensors of its frames are gone
+        chunk = None
         uploads.back_to(kept)
         self.ledger.back_to(charged)
         if self.task.device.type == "cuda":

@@ -31,6 +31,10 @@ from ..errors import ConfigError, FedsparseError, Problem, RunError
 from .exchange import Uploads
 
 OTHER_SIGNALS = "SIGHUP,SIGQUIT"  # that end the launcher; SIGINT and SIGTERM are left to the workers
+USED_GPU = (
+    "this process has used a GPU and so cannot start workers, which are copies of it; "
+    "start them first (in a notebook: restart the kernel), or in a shell: fedsparse run --workers N"
+)
 GRACE = 10.0  # seconds in which a worker that lost another one waits to be ended, so that the other is named
 LOOK = 1.0  # seconds between a worker's looks at whether its launcher lives
 
@@ -78,8 +82,9 @@ class Workers:
         torch._foreach_copy_(places, parts)
         with _NamingTheLost():
             dist.all_reduce(self.flat)
+            totals = places[-1].tolist()  # NCCL goes on meanwhile: here the host waits for the others
         torch._foreach_copy_(parts, places)
-        return [float(total) for total in parts[-1].tolist()]
+        return [float(total) for total in totals]
 
     def same_form(self, uploads: Uploads, idle: bool) -> None:
         """Gives a worker without uploads zeros of the form of another's sums; `idle`: there may be one."""
@@ -227,6 +232,8 @@ def own_device() -> torch.device:
             "GPU, or set execution.device=cpu"
         )
         raise ConfigError([Problem("execution.device", message)])
+    if torch.cuda._is_in_bad_fork():  # even by asking whether there is a GPU
+        raise RunError(USED_GPU)
     torch.cuda.set_device(local)  # collectives of NCCL go by it
     return torch.device("cuda", local)
 
@@ -247,10 +254,7 @@ def launch(workers: int, function: Callable[..., Any], *arguments: Any) -> Any:
             "several workers need a system with fork; use torchrun --no-python fedsparse run …, or one worker"
         )
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        raise RunError(
-            "this process has used a GPU and so cannot start workers, which are copies of it; "
-            "start them first (in a notebook: restart the kernel), or in a shell: fedsparse run --workers N"
-        )
+        raise RunError(USED_GPU)
     if threading.current_thread() is not threading.main_thread():
         raise RunError("workers start from a program's main thread only; call this one from there")
     # Ctrl-C is the workers' business: they end the round first

@@ -2,7 +2,7 @@
 
 from .accounts import Ledger, PaperBytes, Passed, Tally, Traffic, paper_bytes
 from .codecs import Codec, decode_masks, encode_masks, masks_size, on_host
-from .flops import Cost, forward_macs, training_cost
+from .flops import Cost, PassDensities, PassDensity, forward_macs, training_cost
 from .frame import HEADER, CorruptError
 from .messages import (
     Count,
@@ -34,6 +34,8 @@ __all__ = [
     "Message",
     "MessageSize",
     "PaperBytes",
+    "PassDensities",
+    "PassDensity",
     "Passed",
     "Seed",
     "Tally",

@@ -17,7 +17,8 @@ Bytes are those of `messages`, a version of which each end is known to hold:
 
 Values are 4 bytes each, or 2 under `ledger.values` "float16" and "bfloat16", which round what is sent.
 
-FLOPs follow the convention of `flops`, at the densities of the server's mask.
+FLOPs follow the convention of `flops`, at the densities of the server's mask or of what the method's passes
+use of it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import Tensor
 from ..errors import RunError
 from ..state import Masks, Params
 from .codecs import decode_masks, encode_masks, masks_size, on_host
-from .flops import Cost, training_cost
+from .flops import Cost, PassDensities, training_cost
 from .messages import (
     SEED,
     Count,
@@ -155,6 +156,7 @@ class Ledger:
         macs: Mapping[str, float],
         *,
         paper: PaperBytes = paper_bytes,
+        passes: PassDensities | None = None,
         encode: bool = False,
         values: torch.dtype = torch.float32,
         seed: Seed | None = None,
@@ -163,7 +165,7 @@ class Ledger:
         self.encode, self.values = encode, values
         self._params = {name: torch.empty_like(param, device="meta") for name, param in params.items()}
         self._buffers = {name: torch.empty_like(buffer, device="meta") for name, buffer in buffers.items()}
-        self._macs, self._paper, self._seed = dict(macs), paper, seed
+        self._macs, self._paper, self._passes, self._seed = dict(macs), paper, passes, seed
         self._seeded = -1  # the version of the mask that the seed stands for
         self._index = -1
         self._version = (0, 0)
@@ -452,7 +454,7 @@ class Ledger:
             size,
             size.mask if self._before is None else masks_size(mask, self._before),
             any_frozen=any(c.still for c in counts.values()),
-            cost=training_cost(self._macs, count(self._params, trained, frozen), sizes),
+            cost=training_cost(self._macs, count(self._params, trained, frozen), sizes, self._passes),
             counts=counts,
             traffic=Traffic(
                 round=self._index,

@@ -3,15 +3,18 @@
 Convention: a multiply-accumulate (MAC) is 2 FLOPs. For each training sample and each layer, forward costs
 2·MAC·density, the input gradient the same (in the first layer too), the weight gradient 2·MAC·(trainable
 density); density counts active weights, trainable density those of them that are not frozen, and a layer
-without a mask has density 1. A dense gradient that a grow score asks for costs, for each of its samples,
-a forward pass and an input gradient at the mask's density and a weight gradient of 2·MAC. Layers without
-MACs of their own (normalisation, activations, pooling), biases and optimiser steps count nothing.
+without a mask has density 1. A method whose passes use fewer weights of a layer than its mask has, or fewer
+of its inputs in the weight gradient, says so by a `PassDensity`: the first replaces the density of the
+forward pass and the input gradient, the second multiplies the weight gradient. A dense gradient that a grow
+score asks for costs, for each of its samples, a forward pass and an input gradient as above and a weight
+gradient of 2·MAC. Layers without MACs of their own (normalisation, activations, pooling), biases and
+optimiser steps count nothing.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -21,6 +24,19 @@ from .messages import Count
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers of which each output takes one MAC for each weight of its row or filter."""
+
+
+class PassDensity(NamedTuple):
+    """What a step computes of a layer, as fractions in [0, 1]."""
+
+    weights: float
+    """of its weights that its output and the gradient of its inputs use"""
+    inputs: float = 1.0
+    """of its inputs that the gradient of its weights uses"""
+
+
+PassDensities = Callable[[Mapping[str, float]], Mapping[str, PassDensity]]
+"""From the densities of layers to what a step computes, for layers of which it is less than that."""
 
 
 class Cost(NamedTuple):
@@ -104,16 +120,24 @@ def _by_counter(model: nn.Module, input_shape: Iterable[int]) -> dict[str, float
     return macs
 
 
-def training_cost(macs: Mapping[str, float], counts: Mapping[str, Count], sizes: Mapping[str, int]) -> Cost:
+def training_cost(
+    macs: Mapping[str, float],
+    counts: Mapping[str, Count],
+    sizes: Mapping[str, int],
+    passes: PassDensities | None = None,
+) -> Cost:
     """FLOPs a sample, by the convention of this module.
 
     `counts` as `messages.count` gives them; `sizes` are the positions of each parameter.
     """
+    used = passes({name: sum(counts[name]) / sizes[name] for name in macs}) if passes else {}
     step = score = 0.0
     for name, mac in macs.items():
         live, still = counts[name]
         # product before quotient: MACs are a multiple of the weights, so that the result is a whole number
         active, trainable = mac * (live + still) / sizes[name], mac * live / sizes[name]
+        if name in used:
+            active, trainable = mac * used[name].weights, trainable * used[name].inputs
         step += 2 * (2 * active + trainable)
         score += 2 * (2 * active + mac)
     return Cost(step, score)

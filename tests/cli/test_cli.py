@@ -122,6 +122,10 @@ def test_swaps_are_recorded_and_dropped_settings_reported(tmp_path):
 
 
 BROKEN = {
+    "only_extras.py": "from fedsparse import Part, hookimpl\n\nclass P(Part):\n    @hookimpl\n"
+    "    def penalty(self, params):\n        return 0 * sum(p.sum() for p in params.values())\n",
+    "only_a_slot.py": "from fedsparse import Part, Readjusted, hookimpl\n\nclass P(Part):\n    @hookimpl\n"
+    "    def readjust(self, params, mask):\n        return Readjusted(params, mask, {})\n",
     "raises.py": (
         "from fedsparse import Method, Part, hookimpl\n"
         "class P(Part):\n"
@@ -238,6 +242,16 @@ BROKEN = {
         (["--plugin", "{tmp}/exits.py"], 2, ["fails to import", "SystemExit"]),
         (["--plugin", "{tmp}/forgot.py"], 2, ["due has the name of a hook", "@hookimpl"]),
         (["--plugin", "{tmp}/parts.py"], 2, ["PARTS is 5"]),
+        (
+            ["--plugin", "{tmp}/only_extras.py"],
+            2,
+            ["but no METHOD", "run it by --extra ", "only_extras.py on another"],
+        ),
+        (
+            ["--plugin", "{tmp}/only_a_slot.py"],
+            2,
+            ["but no METHOD", "run it by --swap SLOT=", "only_a_slot.py:Part on"],
+        ),
         (["--plugin", "{tmp}/preset.py"], 2, ["preset holds 3"]),
         (
             ["--plugin", "{tmp}/loss.py"],

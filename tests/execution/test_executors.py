@@ -1,5 +1,6 @@
 """Executors are interchangeable: what clients compute does not depend on how they are run."""
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -15,10 +16,12 @@ from fedsparse.core import functional, optim, rng
 from fedsparse.core.dropout import KeyedDropout
 from fedsparse.core.errors import ConfigError, RunError
 from fedsparse.core.execution.choose import unstackable
+from fedsparse.core.execution.graph import WARM_UPS, CaptureError, Lane
+from fedsparse.core.execution.step import Given
 from fedsparse.core.execution.training import apart
 from fedsparse.core.hookspecs import hookimpl
 from fedsparse.core.registry import Registry
-from fedsparse.core.state import Carry, Stepped
+from fedsparse.core.state import Batch, Carry, Stepped
 from fedsparse.plugins.fedavg import MaskedSgd
 
 IMAGES = {
@@ -405,3 +408,71 @@ def test_compiled_steps_need_the_graph_executor(make_engine):
 def test_unknown_executors_are_refused(make_engine):
     with pytest.raises(ConfigError, match=r"execution.executor"):
         make_engine(execution__executor="fast")
+
+
+class Capturing:
+    """A capture whose end fails, as it does after an operation that no graph can hold."""
+
+    def __init__(self, *args, **options):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        raise RuntimeError("capture was invalidated")
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "text"),
+    [
+        (RuntimeError("a value was read"), CaptureError, "a value was read"),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "out of memory"),
+        (RunError("the step cannot be compiled"), RunError, "cannot be compiled"),
+        (None, CaptureError, "capture was invalidated"),
+    ],
+)
+def test_a_failed_capture_says_what_failed_first(monkeypatch, raised, kind, text):
+    """On a machine without a GPU its functions are played."""
+    monkeypatch.setattr(torch.cuda, "graph", Capturing)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    lane, params, runs = Lane(torch.device("cpu")), {"w": torch.zeros(2)}, []
+
+    def step(given):
+        runs.append(1)
+        if raised and len(runs) > WARM_UPS:
+            raise raised
+        return Stepped(given.params, given.carry, {"loss": torch.tensor(1.0)})
+
+    batch = Batch(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
+    lane.step, lane.places = step, Given(params, Carry({}, {}), batch, {}, {}, params, {})
+    with pytest.raises(kind, match=text):
+        lane.capture(None, WARM_UPS)
+    assert lane.graph is None
+
+
+def test_a_step_is_captured_again_only_for_another_number_or_form(monkeypatch):
+    """Each capture runs the step once; before the first one of a form it runs `WARM_UPS` times."""
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    lane, runs = Lane(torch.device("cpu")), []
+    lane.stream, lane.wait, lane.join = object(), lambda: None, lambda: None
+
+    def step(given):
+        runs.append(len(given.batch.targets))
+        return Stepped(given.params, given.carry, {"loss": torch.tensor(1.0)})
+
+    def loaded(rate, size):
+        runs.clear()
+        params = {"w": torch.full((2,), rate)}
+        batch = Batch(torch.zeros(size, 2), torch.zeros(size, dtype=torch.int64))
+        given = Given(params, Carry({}, {}), batch, {}, {}, params, {})
+        lane.load(step, step, given, {"lr": rate})
+        assert torch.equal(lane.places.params["w"], params["w"])
+        return len(runs)
+
+    assert [loaded(0.5, 4), loaded(0.5, 4)] == [WARM_UPS + 1, 0]
+    assert [loaded(0.25, 4), loaded(0.25, 4)] == [2, 0]
+    assert [loaded(0.25, 3), loaded(0.5, 3)] == [WARM_UPS + 1, 2]

@@ -12,7 +12,8 @@ from fedsparse.core import optim, rng, task
 from fedsparse.core.engine import Engine
 from fedsparse.core.ledger import on_host
 from fedsparse.core.registry import Registry
-from fedsparse.core.state import moved_to
+from fedsparse.core.selection import kth_largest
+from fedsparse.core.state import moved_to, row_on
 
 from . import simulated
 
@@ -216,3 +217,40 @@ def test_keys_are_the_cpus_bit_for_bit(device):
         rng.bits(rng.key(1, "a", device=device), (50,)).tolist() == rng.bits(rng.key(1, "a"), (50,)).tolist()
     )
     assert simulated.waits.total() == 1  # the reading alone
+
+
+def test_a_clients_row_crosses_in_one_transfer_a_type(device):
+    values = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4), "none": torch.ones(0, 2)}
+    row = {"momentum": values, "steps": torch.tensor(3), "seen": torch.tensor([True, False]), "n": 1, "x": {}}
+    simulated.waits.clear()
+    there = row_on(device, row)
+    assert simulated.waits.total() == 3
+    assert {t.device for t in tree_leaves(there) if isinstance(t, torch.Tensor)} == {device}
+    back = row_on("cpu", there, copy=True)
+    assert simulated.waits.total() == 6
+    assert back.keys() == row.keys()
+    assert (back["n"], back["x"]) == (1, {})
+    for name, value in (values | {"steps": row["steps"], "seen": row["seen"]}).items():
+        assert torch.equal((back["momentum"] | back)[name], value)
+    owned = [
+        t.untyped_storage().data_ptr() for t in tree_leaves(back) if isinstance(t, torch.Tensor) and t.numel()
+    ]
+    assert len(set(owned)) == 4
+
+
+def test_a_row_keeps_its_order_in_memory(device):
+    last = torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last)
+    back = row_on("cpu", row_on(device, {"v": last}), copy=True)["v"]
+    assert torch.equal(back, last)
+    assert back.stride() == last.stride()
+
+
+@pytest.mark.parametrize("size", [100, 40_000])
+def test_selection_equals_the_cpus(device, size):
+    torch.manual_seed(0)
+    values = torch.randn(3, size)
+    there = moved_to(values, device)
+    for k in (1, 7, size):
+        assert kth_largest(there[0], k).cpu() == kth_largest(values[0], k)
+        stacked = torch.func.vmap(lambda row, k=k: kth_largest(row, k))
+        assert torch.equal(stacked(there).cpu(), stacked(values))

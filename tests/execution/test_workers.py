@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedsparse.core.errors import RunError
-from fedsparse.core.execution.workers import Workers, join, launch, leave
+from fedsparse.core.execution.workers import Workers, join, launch, leave, own_device
 from fedsparse.core.registry import Registry
 from fedsparse.core.tracking import RunFolder
 
@@ -258,3 +258,11 @@ def test_two_workers_encode_as_one_counts(tmp_path):
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
         tmp_path / "b" / "model.safetensors"
     ).read_bytes()
+
+
+def test_workers_of_a_process_that_looked_for_gpus_say_so(monkeypatch):
+    """CUDA cannot start in a copy of a process that has asked it anything."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(RunError, match="has used a GPU and so cannot start workers"):
+        own_device()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Mapping
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fedsparse.core.errors import ConfigError
-from fedsparse.core.ledger import Count, flops, forward_macs, training_cost
+from fedsparse.core.ledger import Count, PassDensity, flops, forward_macs, training_cost
 from fedsparse.core.models import MODELS
 
 
@@ -197,3 +198,18 @@ def test_dense_gradients_are_charged() -> None:
     counts, sizes = {"a": Count(20, 0)}, {"a": 100}
     cost = training_cost({"a": 400.0}, counts, sizes)
     assert cost.score - cost.step == 2 * 400 * (1 - 0.2)
+
+
+def test_passes_that_use_less_cost_less() -> None:
+    """One layer's passes use a tenth of its weights and half of its inputs; another is as its mask says."""
+    seen: list[dict[str, float]] = []
+
+    def passes(density: Mapping[str, float]) -> dict[str, PassDensity]:
+        seen.append(dict(density))
+        return {"a": PassDensity(0.1, 0.5)}
+
+    counts, sizes = {"a": Count(80, 20), "b": Count(10, 0)}, {"a": 100, "b": 20}
+    cost = training_cost({"a": 400.0, "b": 20.0}, counts, sizes, passes)
+    assert seen == [{"a": 1.0, "b": 0.5}]
+    assert cost.step == 2 * (40 + 40 + 0.5 * 320) + 2 * (10 + 10 + 10)
+    assert cost.score == 2 * (40 + 40 + 400) + 2 * (10 + 10 + 20)

@@ -80,6 +80,20 @@ def test_any_message_arrives_and_is_as_long_as_charged(case: tuple[Message, Form
         deliver(model, message_size(model, form) + 1, form)
 
 
+def test_any_nan_arrives_as_one() -> None:
+    """At the end of a vector a NaN is rounded to other bits than within: 0xffff, 0x7fc0."""
+    for place in (0, 1195, 1199):
+        bits = torch.zeros(1200, dtype=torch.int16)
+        bits[place] = -1
+        values = bits.view(torch.bfloat16).double().view(30, 40)
+        still = torch.zeros(30, 40, dtype=torch.bool)
+        still[7, 3] = True
+        model = Message({"w": values}, {}, {}, {"w": still})
+        form = Form(values=torch.bfloat16)
+        got = deliver(model, message_size(model, form), form)
+        assert torch.equal(got.params["w"].isnan(), values.isnan())
+
+
 @ANY
 @given(models())
 def test_any_tensors_beside_the_model_arrive(case: tuple[Message, Form]) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from fedsparse.core import runner
 from fedsparse.core.errors import RunError
+from fedsparse.core.memory import out_of_memory
 from fedsparse.core.results import Result
 
 CHUNK = {"execution__executor": "vectorised", "federation__clients": 7, "federation__clients_per_round": 7}
@@ -149,3 +150,20 @@ def test_a_client_that_was_sampled_twice_trains_twice_after_halving(make_engine,
     plan = engine.plan(engine.start(), engine.budget(engine.clock(0)), engine.clock(0))
     engine.executor.train_all(plan, clients, None)
     assert sorted(got) == sorted(clients)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ],
+)
+def test_ways_in_which_memory_runs_out(error):
+    assert out_of_memory(error)
+    wrapped = RunError("a hook")
+    wrapped.__cause__ = error
+    assert out_of_memory(wrapped)
+    assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))

@@ -293,3 +293,14 @@ def test_swap_for_four_rounds(make_engine, base, slot):
 def test_other_parts_in_flash(make_engine, slot, other):
     engine = make_engine("flash", [f"{slot}={other}"], federation__rounds=4, ledger__encode=True)
     assert len(list(engine.rounds(engine.start()))) == 4
+
+
+def test_clients_and_server_of_the_sparsyfed_variant_keep_as_many():
+    """0.95·50 rounds to 48, so that 2 stay, where 0.05·50 would round to 3 and masks move in every round."""
+    budget = Budget((Layer("w", (5, 10)),), "global", 0.95)
+    params = {"w": torch.arange(1.0, 51).view(5, 10)}
+    own = masks.global_top(params, {"w": torch.ones(5, 10, dtype=torch.bool)}, budget)
+    clients = [(masks.apply(params, own), own, 1.0)] * 2
+    made = aggregate(Consensus(variant="sparsyfed"), clients, budget)
+    assert torch.equal(made.mask["w"], own["w"])
+    assert own["w"].sum() == 2

@@ -129,6 +129,8 @@ def test_example_10_6_bits_of_the_code():
     )
     assert CodeCost().paper_bytes(traffic) * 8 == 192 + 6 + 192  # download with mask, upload
     assert CodeCost().paper_bytes(traffic._replace(mask_changed=False)) * 8 == 2 * 192
+    own = traffic._replace(mask_changed=False, client_readjusted=True)  # 5.1: + N
+    assert CodeCost().paper_bytes(own) * 8 == 2 * 192 + 12
 
 
 def nominal(s, rounds):

@@ -92,6 +92,7 @@ def test_a_card_is_of_the_first_kept_run_of_its_row(table, path):
     assert said[0] == f"# Run runs/{table.name}/{row}-seed{seed}"
     figures = " | ".join(f"{found.client_accuracy:.4f}" for found in (run.final, run.best))
     assert f"| client accuracy (mean) | {figures} |" in said
+    assert f"| training FLOPs | {run.final.flops_total:.4g}, all clients and rounds |" in said
     told = "\n".join(said[said.index("## Settings that are not defaults") :])
     ran = re.findall(r"^\| ([\w.]+) \| (.*?) \| ([^|]*) \|$", told, re.MULTILINE)
     given = {path: text for path, text, source in ran if source.startswith(("config ", "--"))}
