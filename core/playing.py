@@ -51,6 +51,7 @@ def play(
     if out is not None and not resume:
         refuse_taken(out)
     if count > 1 and not workers.started_by_launcher():
+        workers.refuse_idle(count, resolved.config.federation.clients_per_round)
         path = workers.launch(count, _played, resolved, out, view, resume)
     else:
         path = _played(resolved, out, view, resume)

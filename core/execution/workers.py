@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -202,12 +203,21 @@ def join(clients_per_round: int | None = None) -> Workers:
         return Workers()
     if not dist.is_initialized():
         gpus = torch.cuda.device_count()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        with (
+            _NamingTheLost()
+        ):  # one that ends at once, by an error of its own, may leave others half connected
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     me = Workers(dist.get_rank(), dist.get_world_size())
-    if clients_per_round is not None and me.size > clients_per_round:
-        message = f"{me.size} workers for {clients_per_round} clients a round; start at most one a client"
-        raise ConfigError([Problem("federation.clients_per_round", message)])
+    if clients_per_round is not None:
+        refuse_idle(me.size, clients_per_round)
     return me
+
+
+def refuse_idle(workers: int, clients_per_round: int) -> None:
+    """Raises ConfigError if some workers would have no client."""
+    if workers > clients_per_round:
+        message = f"{workers} workers for {clients_per_round} clients a round; start at most one a client"
+        raise ConfigError([Problem("federation.clients_per_round", message)])
 
 
 def leave() -> None:
@@ -293,7 +303,8 @@ def launch(workers: int, function: Callable[..., Any], *arguments: Any) -> Any:
         if hasattr(config, "signals_to_handle"):  # newer than torch 2.8
             config.signals_to_handle = OTHER_SIGNALS
         try:
-            results = elastic_launch(config, _worker)(folder, os.getpid(), function, arguments)
+            started = multiprocessing.get_context("fork").Barrier(workers)
+            results = elastic_launch(config, _worker)(folder, os.getpid(), started, function, arguments)
             return results[0]
         except ChildFailedError as failed:
             if told and all(f.exitcode == -signal.SIGTERM for f in failed.failures.values()):
@@ -333,13 +344,20 @@ def _end_with(launcher: int) -> None:
     threading.Thread(target=look, name="launcher", daemon=True).start()
 
 
-def _worker(folder: str, launcher: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Runs in a worker: errors that the user can mend go to the launcher by a file."""
+def _worker(
+    folder: str, launcher: int, started: Barrier, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Any:
+    """Runs in a worker: errors that the user can mend go to the launcher by a file.
+
+    None begins before all are forked: a thread of the launcher answers their first calls, and a worker forked
+    while it looks up an address would find the resolver locked, for ever.
+    """
     _end_with(launcher)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("SIGTERM", *OTHER_SIGNALS.split(",")):  # the launcher's own handlers came with the fork
         signal.signal(signal.Signals[name], signal.SIG_DFL)
     try:
+        started.wait()
         return function(*arguments)
     except (FedsparseError, KeyboardInterrupt) as error:
         report = {

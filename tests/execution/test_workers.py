@@ -1,16 +1,18 @@
 """Several workers: the numbers of one, clients dealt evenly, and ends that say what happened."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from fedsparse.core.errors import RunError
+from fedsparse.core.errors import FedsparseError, RunError
 from fedsparse.core.execution.workers import Workers, join, launch, leave, own_device
 from fedsparse.core.registry import Registry
 from fedsparse.core.tracking import RunFolder
@@ -81,6 +83,21 @@ def test_two_workers_give_the_results_of_one(make_engine, by_two, plugin):
     assert others[2]["train_loss"] == pytest.approx(metrics["train_loss"], rel=1e-6)
 
 
+def siblings():
+    """How many processes the launcher has, this one included."""
+    parents = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            parents.append(int(stat.read_text().rpartition(")")[2].split()[1]))
+    return parents.count(os.getppid())
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts processes in /proc")
+def test_no_worker_begins_before_all_are_forked():
+    """One forked while the launcher looks up another's address finds the resolver locked, for ever."""
+    assert launch(4, siblings) == 4
+
+
 def fails(kind):
     rank = join().rank
     if rank == 1 and kind == "killed":
@@ -148,8 +165,23 @@ def test_workers_leave_no_folders_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def fedsparse(*words, **options):
-    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=120, **options)
+def fedsparse(*words, cwd):
+    """Runs the command; if it hangs, all its processes say where, and the test fails with that."""
+    run = subprocess.Popen(
+        [*COMMAND, *words],
+        cwd=cwd,
+        env=os.environ | {"PYTHONFAULTHANDLER": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, error = run.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGABRT)
+        pytest.fail(f"hangs:\n{run.communicate()[1]}")
+    return subprocess.CompletedProcess(run.args, run.returncode, out, error)
 
 
 def lines(folder):
@@ -232,6 +264,11 @@ def test_more_workers_than_clients_a_round_is_refused(tmp_path):
     assert "4 workers for 3 clients a round" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert not (tmp_path / "d").exists()
+
+
+def test_torchrun_of_more_workers_than_clients_a_round_is_refused():
+    with pytest.raises(FedsparseError, match="2 workers for 1 clients a round"):
+        launch(2, join, 1)
 
 
 def test_what_cannot_be_resumed_is_refused(tmp_path):
