@@ -175,7 +175,7 @@ def test_commands_that_only_look(line):
 def test_ci_runs_the_readmes_test_command():
     script = (ROOT / ".ci" / "run").read_text()
     (command,) = re.findall(r"^.*pip install -e '\.\[test\]'.*$", README, re.MULTILINE)
-    assert command.endswith(" && .venv/bin/python -m pytest")
+    assert command.endswith(" && .venv/bin/python -m pytest -n 2")
     assert "README.md" in script
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert any(requirement.startswith("pytest") for requirement in extras["test"])
