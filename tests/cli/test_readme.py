@@ -57,9 +57,8 @@ def test_the_tutorial_is_whole():
     assert "pip install" in words
 
 
-@pytest.mark.parametrize(
-    "rounds", [pytest.param(2, id="short"), pytest.param(None, id="as printed", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [2, None], ids=["short", "as printed"])
 def test_the_tutorial_command_by_command(rounds, tmp_path):
     """In a new folder, in a shell; `pip install` installs into a folder, from no index. `rounds`: fewer."""
     programs, site = tmp_path / "bin", tmp_path / "site"

@@ -128,7 +128,9 @@ MORE = {"federation__clients_per_round": 6, "federation__local_epochs": 4, "fede
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("plugin", ["fedavg", "pffdst", "fedsparsify"])
+@pytest.mark.parametrize(
+    "plugin", ["fedavg", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pffdst", "fedsparsify"))]
+)
 def test_the_host_waits_as_often_for_few_clients_and_steps_as_for_many(make_there, plugin, kind):
     few, _ = cost(make_there, plugin, execution__executor=kind)
     many, _ = cost(make_there, plugin, execution__executor=kind, **MORE)
@@ -177,6 +179,7 @@ SMALL_CNN |= {"task__dataset__channels": 3, "task__dataset__height": 12, "task__
 SMALL_CNN |= {"federation__clients": 40, "federation__local_epochs": 1, "federation__batch_size": 10}
 
 
+@pytest.mark.slow
 def test_the_readmes_counts_of_waits(make_there):
     """In the fourth round of a small CNN; and what each client more costs that is not stacked."""
 

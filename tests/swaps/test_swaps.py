@@ -58,7 +58,7 @@ def test_every_swap_on_digits_keeps_the_contracts(make_engine, base, slot, other
 
 
 @pytest.mark.parametrize("plugin", METHODS)
-@pytest.mark.parametrize("model", ["mlp", "cnn", "resnet18"])
+@pytest.mark.parametrize("model", ["mlp", "cnn", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_local_step_under_vmap_equals_the_loop(make_engine, plugin, model):
     """Three clients with masks of their own, two steps; the methods' steps and client readjustments.
 
