@@ -203,9 +203,8 @@ def join(clients_per_round: int | None = None) -> Workers:
         return Workers()
     if not dist.is_initialized():
         gpus = torch.cuda.device_count()
-        with (
-            _NamingTheLost()
-        ):  # one that ends at once, by an error of its own, may leave others half connected
+        # one that ends at once, by an error of its own, may leave others half connected
+        with _NamingTheLost():
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     me = Workers(dist.get_rank(), dist.get_world_size())
     if clients_per_round is not None:
