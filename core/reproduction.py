@@ -28,7 +28,9 @@ PAPERS = Path(__file__).parents[1] / "configs" / "papers"
 FILE = "table.toml"
 RECORD = "reproduction.json"
 """In a folder of runs: whose rows they are."""
-NOT_RUN = "not run"
+NOT_RUN, ONE_SEED, NO_SEED = "not run", "one seed only", "no seed in common"
+KINDS = ("holds", "holds in part", "not shown", "does not hold", "contradictory", ONE_SEED, NO_SEED)
+"""What a verdict begins with where both rows have runs."""
 SEEDS = (0, 1, 2)
 """Of a table that keeps no run."""
 
@@ -50,7 +52,7 @@ class Claim(_Table):
     """A claim, the paper's or the table's own: one row is better than another."""
 
     says: str = Field(min_length=1)
-    by: Literal["paper", "us"] = Field("paper", description="whose claim it is")
+    by: str = Field("the paper", min_length=1, description="whose claim it is")
     better: str = Field(description="preset of the row that should have more")
     than: str = Field(description="preset of the row that should have less")
     note: str = Field("", description="why it does not hold, where it does not, or what limits it")
@@ -452,7 +454,7 @@ def judged(claim: Claim, runs: Runs, told: Description) -> Judged:
     better, than = runs.get(claim.better, {}), runs.get(claim.than, {})
     seeds = tuple(seed for seed in better if seed in than)
     if not seeds:
-        return Judged((), None, None, NOT_RUN if not (better and than) else "no seed in common: no verdict")
+        return Judged((), None, None, NOT_RUN if not (better and than) else f"{NO_SEED}: no verdict")
 
     def difference(which: Literal["final", "best"]) -> Interval:
         return paired(
@@ -470,7 +472,7 @@ def verdict(final: Interval, best: Interval | None) -> str:
     """What the differences say of a claim that they are positive; no `best` where only the end counts."""
     signs = _sign(final), _sign(final if best is None else best)
     if None in signs:
-        return "one seed only: no verdict"
+        return f"{ONE_SEED}: no verdict"
     match signs:
         case (1, 1):
             return "holds"

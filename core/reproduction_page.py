@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from .config import toml_value
 from .disk import replace
 from .errors import ConfigError, RunError
 from .reproduction import (
+    KINDS,
     NOT_RUN,
     PAPERS,
     Judged,
@@ -37,10 +39,15 @@ MARKS = "<!-- claims: written by `fedsparse reproduce --write` -->", "<!-- end o
 _MAKING = """\
 The whole table, one run of one row, pictures of runs, and a run's card. `/data` stands for the folder of the
 data set as torchvision reads it; `--set task.download=true` fetches it."""
-BY = {"paper": "the paper", "us": "us"}
-DIFFERENCES = "Differences are in points, paired by seed, with Student's 95 % interval."
-
-AT_THE_END = "Claims are judged at the end: networks grow sparser until then, and a best round may be denser."
+_DIFFERENCES = "Differences are in points, paired by seed, with Student's 95 % interval."
+_VERDICTS = {
+    "both": "A claim holds where both intervals lie above zero, and in part where one does and the other "
+    "holds zero; it does not hold where both lie below; else it is not shown.",
+    "end": "Claims are judged at the end: networks grow sparser until then, and a best round may be denser. "
+    "A claim holds where the interval lies above zero, and does not where it lies below; else it is not "
+    "shown.",
+}
+_EACH = "Every interval stands for itself: of twenty, one misses by chance."
 
 
 class Own(NamedTuple):
@@ -87,6 +94,18 @@ def rows_note(table: Table) -> str:
     )
 
 
+def _unrecorded(table: Table) -> str:
+    """A sentence on kept runs whose summaries do not say their settings; empty if all do."""
+    runs = [run for runs in table.kept.values() for run in runs.values()]
+    older = sum(not run.settings for run in runs)
+    if not older:
+        return ""
+    return (
+        f"Of the {len(runs)} kept runs {older} are from before summaries recorded all settings: what ties "
+        "these to their presets is method, seed, rounds and, where there is one, the row's card."
+    )
+
+
 def changes(own: Own) -> str:
     """A line on settings that were changed; empty if none was."""
     if not own.changed:
@@ -103,12 +122,12 @@ def claims(table: Table, own: Own | None = None) -> Section:
     found = []
     for claim in told.claim:
         kept, mine = judged(claim, table.kept, told), judged(claim, runs, told)
-        found.append((claim.says, BY[claim.by], *_judged(mine), *([] if own is None else [kept.verdict])))
+        found.append((claim.says, claim.by, *_judged(mine), *([] if own is None else [kept.verdict])))
     headings: tuple[str, ...] = ("claim", "by", "at the end", "in the best round", "pairs", "verdict")
     notes = [f"* {claim.says}: {claim.note}" for claim in table.description.claim if claim.note]
     if own is not None:
         headings, notes = (*headings, "verdict, kept"), []  # they explain the kept runs
-    said = DIFFERENCES if told.judged == "both" else f"{DIFFERENCES} {AT_THE_END}"
+    said = f"{_DIFFERENCES} {_VERDICTS[told.judged]} {_EACH}"
     note = f"{said}\n\n" + "\n".join(notes) if notes else said
     return Section("Claims", headings, found, note)
 
@@ -126,7 +145,7 @@ def page(table: Table) -> str:
     ]
     for section in rows(table, linked=True):
         lines += ["", f"## {section.title or 'Rows'}", "", *table_lines(section)]
-    lines += ["", *textwrap.wrap(rows_note(table), WIDTH)]
+    lines += ["", *textwrap.wrap(f"{rows_note(table)} {_unrecorded(table)}", WIDTH)]
     for picture in told.picture:
         lines += ["", f"![{picture.says}]({picture.file})", "", *textwrap.wrap(picture.says, WIDTH)]
     if told.claim:
@@ -158,7 +177,8 @@ def commands(table: Table) -> list[str]:
 def claims_of(tables: Sequence[Table]) -> str:
     """All claims of tables as one list in Markdown, each linked to its table below the project's folder.
 
-    Claims of which one row or both were not run are counted in a line below it.
+    Above it the verdicts are counted by whose claims they are; claims of which one row or both were not run
+    are counted in a line below it.
     """
     found, waiting = [], []
     for table in tables:
@@ -168,16 +188,27 @@ def claims_of(tables: Sequence[Table]) -> str:
         for claim, each in made:
             *figures, verdict = _judged(each)
             reason = f". {claim.note[0].upper()}{claim.note[1:]}" if claim.note else ""
-            line = (claim.says, BY[claim.by], link, *figures, f"{verdict}{reason}")
+            line = (claim.says, claim.by, link, *figures, f"{verdict}{reason}")
             found += [line] if verdict != NOT_RUN else []
         count = sum(each.verdict == NOT_RUN for _, each in made)
         waiting += [f"{count} of {link}"] if count else []
     headings = ("claim", "by", "table", "at the end", "in the best round", "pairs", "verdict")
-    lines = table_lines(Section("", headings, found)) if found else []
+    lines = [*_counted(found), "", *table_lines(Section("", headings, found))] if found else []
     if waiting:
         said = f"Claims not run yet: {', '.join(waiting)}."
         lines += ["", *textwrap.wrap(said, WIDTH, break_on_hyphens=False, break_long_words=False)]
     return "\n".join(lines) + "\n"
+
+
+def _counted(claims: Sequence[tuple[str, ...]]) -> list[str]:
+    """How many claims of whom came to which verdict, from the lines of `claims_of`."""
+    kinds = [(line[1], re.split("[:.]", line[-1])[0]) for line in claims]
+    verdicts = [kind for kind in KINDS if kind in {verdict for _, verdict in kinds}]
+    found = [
+        (by, *(str(kinds.count((by, verdict)) or "") for verdict in verdicts))
+        for by in dict.fromkeys(by for by, _ in kinds)
+    ]
+    return table_lines(Section("", ("claims by", *verdicts), found))
 
 
 def with_claims(readme: str, tables: Sequence[Table]) -> str:

@@ -16,8 +16,9 @@ It samples clients with replacement: `federation.replacement`. No hook can expre
 averages buffers by samples; the code's gate by a client's own count of epochs is that of E = 10 (for other
 E we follow the fork of PFFDST, which always takes the last epoch; that fork anneals α). Its ties are broken
 arbitrarily, ours by position; where the code would skip the server's pruning and leave a layer above its
-budget, ours prunes. Published figures, the abstract's as well as FedDST's rows in PFFDST's tables, come from
-the released codes (with a second softmax in the small nets: `task.model.double_softmax`).
+budget, ours prunes; and a layer whose budget comes out below 1, which the code leaves dense, keeps one
+weight. FedDST's rows in PFFDST's tables come from that fork's code; which code the abstract's figures come
+from is not established (the small nets have a second softmax: `task.model.double_softmax`).
 """
 
 from __future__ import annotations
@@ -171,8 +172,9 @@ class MaskedMean(Part):
 
 
 class CodeCost(Part):
-    """Bytes as the released code counts them: 1 bit a weight for masks, 32 bits a value and bias.
+    """Bytes as the released code counts them: 32 bits a value and bias, masks 1 bit a weight.
 
+    A mask that a client sends back costs 1 bit an active weight.
     With its flag for a new mask mended: it compares with what was just overwritten, and so is never set.
     """
 

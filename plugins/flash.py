@@ -4,8 +4,8 @@ Stage 1, the first `warmup` rounds: every sampled client starts from the same we
 mask; after each local epoch e of E it drops the smallest fraction p·(1 - e/E) of every layer and draws as
 many new connections at random, more of them in layers of large mean |w|. The server averages the clients'
 layer densities d_l, scales them to the target, min(1, c·d_l), draws a random mask of these densities and
-initialises the weights again. Stage 2: "spdst" trains that mask; in "jmwst" clients go on adapting, and
-every `period` rounds the server takes d_l anew and keeps each layer's largest averaged weights.
+initialises the weights again. Stage 2: "spdst" trains that mask; in "jmwst", every `period` rounds, clients
+adapt again, and the server takes d_l anew and keeps each layer's largest averaged weights.
 
 Fidelity: the released code of FLASH (method document of SparsyFed, appendix A). Its growth leaves a client
 somewhat above or below the target and its random masks are Bernoulli draws; here every count is exact: growth

@@ -6,7 +6,8 @@ with the largest w·(Hg), signed, stay, and the mask never moves.
 
 Fidelity: the paper's score and its sign; g and H are taken over the prunable weights, as in the
 released code. The paper ranks over the whole network ("global", the preset). Our reading: g and H come
-from one and the same sample of the pooled training data (released: two halves of a class-balanced one);
+from one and the same sample of the pooled training data (released: two halves of a class-balanced one, and
+BatchNorm with its running statistics, here with the batch's);
 where a local step reparametrises, w is the weight that the layers use. Differs from the released code:
 logits are not divided by its temperature 200, because the probe's loss is the training loss.
 """

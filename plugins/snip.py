@@ -7,8 +7,9 @@ Fidelity: the paper's definition; dividing by the sum of sensitivities changes n
 out. The paper ranks over the whole network ("global", the preset); other allocations rank within layers.
 Our reading: the batch is the engine's sample of the pooled training data, with batch statistics in
 normalisation layers; where a local step reparametrises, w is the weight that the layers use. A weight that
-is exactly 0 is never sensitive: with prunable = "all" that takes biases initialised to 0. The initial
-weights are the framework's, the paper asks for variance scaling.
+is exactly 0 is never sensitive: with prunable = "all" that takes biases initialised to 0, and scales of
+BatchNorm are ranked as well, which FedSparsify's code leaves out. The initial weights are the framework's,
+the paper asks for variance scaling.
 """
 
 from __future__ import annotations

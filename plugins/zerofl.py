@@ -6,10 +6,11 @@ weight; that gradient is dense, and the optimiser moves every weight. After its 
 the largest weights of the whole network at sparsity S - r_mask (the rule Top-K-Weights).
 
 Fidelity: Appendix A of the SparsyFed baselines. SWAT is the original: dense weights, of which each pass
-takes a sparse copy; the released baseline zeroes the stored weights in place, with a threshold held from the
-first minibatch. The first convolution is dense, and excluded from the Top-K of SWAT only. Its "FedAvgNZ"
-is the plain mean. Our reading: Top-K-Weights has one threshold for the network; evaluation and export use
-the sparse copies, as SWAT's layers do; a network without convolutions excludes no layer.
+takes a sparse copy; the released baseline zeroes the stored weights in place, with a threshold that
+convolutions hold from the first minibatch. The first convolution is dense, and excluded from the Top-K of
+SWAT only; the baseline's list of layers misses down-sampling convolutions, too, which here are sparse. Its
+"FedAvgNZ" is the plain mean. Our reading: Top-K-Weights has one threshold for the network; evaluation and
+export use the sparse copies, as SWAT's layers do; a network without convolutions excludes no layer.
 """
 
 from __future__ import annotations

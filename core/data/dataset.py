@@ -114,7 +114,7 @@ def crop_flip(images: Tensor, streams: Tensor, places: Tensor) -> Tensor:
     """Each image (n, c, h, w) shifted by up to `MARGIN` pixels a direction, then, one time in two, mirrored.
 
     A window of the image's size is cut at a uniform place out of the image with `MARGIN` pixels of zeros
-    around it. These are raw zeros, black, as papers pad before they normalise: afterwards they are
+    around it. These are raw zeros, black, as torchvision's usual pipelines pad: normalised they are
     -mean / std, not 0. An image's draws are three of a stream: `streams` (n,), keys on the images' device,
     and `places` (n,), its place among the images of that stream.
     """

@@ -165,16 +165,20 @@ def test_shapes_and_counter_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "macs"),
+    ("name", "shape", "classes", "macs"),
     [
-        ("resnet18", (3, 32, 32), 555_422_720),
-        ("lenet", (3, 32, 32), 2_293_320),
-        ("lenet", (1, 28, 28), 2_020_500),
+        ("resnet18", (3, 32, 32), 10, 555_422_720),
+        ("lenet", (3, 32, 32), 10, 2_293_320),
+        ("lenet", (3, 32, 32), 100, 2_294_400),
+        ("lenet", (1, 28, 28), 10, 2_020_500),
+        ("conv2", (1, 28, 28), 62, 17_211_904),
     ],
 )
-def test_shipped_models_have_the_papers_macs(name: str, shape: tuple[int, int, int], macs: int) -> None:
+def test_shipped_models_have_the_papers_macs(
+    name: str, shape: tuple[int, int, int], classes: int, macs: int
+) -> None:
     """PFFDST document, 7, and FedDST document, 7.1: forward MACs of one image."""
-    assert sum(forward_macs(MODELS[name]().build(shape, 10), shape, []).values()) == macs
+    assert sum(forward_macs(MODELS[name]().build(shape, classes), shape, []).values()) == macs
 
 
 @pytest.mark.parametrize(("name", "shape"), [("lenet", (3, 32, 32)), ("cnn", (1, 8, 8)), ("mlp", (1, 8, 8))])

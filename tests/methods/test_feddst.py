@@ -5,10 +5,11 @@ import torch
 
 from fedsparse.core import masks, optim
 from fedsparse.core.budget import Budget, Layer
+from fedsparse.core.ledger import Traffic
 from fedsparse.core.schedule import cosine_decay
 from fedsparse.core.state import Clock
 from fedsparse.plugins.fedavg import MagnitudeMask, WeightedMean
-from fedsparse.plugins.feddst import MaskedMean, Regrow
+from fedsparse.plugins.feddst import CodeCost, MaskedMean, Regrow
 
 LAYER = Layer("w", (3, 4))
 
@@ -286,3 +287,24 @@ def test_magnitude_mask_keeps_the_largest_initial_weights():
     params = {"w": torch.tensor([[0.9, -0.1, 0.05, 0.4], [0.01, 0.3, -0.7, 0.02], [0.2, 0.6, 0.15, -0.8]])}
     mask = MagnitudeMask().mask_init(params, budget(0.5))
     assert mask["w"].int().tolist() == [[1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1]]
+
+
+def test_example_10_7_bits_of_the_code():
+    """CIFAR10Net at sparsity 0.8, and what 5.1 adds where a mask is new, was readjusted, or W⁰ is due."""
+    known = Traffic(
+        round=3,
+        weights=781_770,
+        active=156_399,
+        active_upload=156_399,
+        frozen=0,
+        unmasked=236,
+        biases=236,
+        mask_changed=False,
+        client_readjusted=False,
+        first_contact=False,
+    )
+    bits = 5_012_320
+    assert CodeCost().paper_bytes(known) * 8 == 2 * bits
+    assert CodeCost().paper_bytes(known._replace(mask_changed=True)) * 8 == 2 * bits + 781_770
+    assert CodeCost().paper_bytes(known._replace(client_readjusted=True)) * 8 == 2 * bits + 156_399
+    assert CodeCost().paper_bytes(known._replace(round=0)) * 8 == bits

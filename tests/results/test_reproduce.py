@@ -161,6 +161,22 @@ def test_claims_whose_rows_share_no_seed_are_listed_with_that_verdict(kept):
     assert "not run yet" not in said
 
 
+def test_verdicts_are_counted_by_whose_claims_they_are(kept):
+    more = '[[claim]]\nsays = "dense beats sparse"\nby = "us"\nbetter = "dense"\nthan = "sparse"\n'
+    (kept / "table.toml").write_text(TABLE + more)
+    said = claims_of([load(str(kept))]).splitlines()
+    assert said[0] == "| claims by | holds | does not hold |"
+    assert said[2:4] == ["| the paper | 1 |  |", "| us |  | 1 |"]
+
+
+def test_the_page_says_of_how_many_runs_the_settings_are_not_recorded(kept):
+    assert "Of the 6 kept runs 6 are from before" in page(load(str(kept)))
+    for path in kept.glob("*-seed*.json"):
+        summary = json.loads(path.read_text())
+        path.write_text(json.dumps(summary | {"settings": {"federation.rounds": 4}}))
+    assert "from before" not in page(load(str(kept)))
+
+
 def test_a_page_that_somebody_else_wrote_is_not_overwritten(kept, cli):
     (kept / "README.md").write_text("My notes\n")
     result = cli("reproduce", "--write", str(kept))
