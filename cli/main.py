@@ -50,8 +50,11 @@ class Group(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
-            click.echo("Interrupted before the first round; nothing was recorded.", err=True)
+            early = " before the first round; nothing was recorded" if ctx.invoked_subcommand == "run" else ""
+            click.echo(f"Interrupted{early}.", err=True)
             ctx.exit(INTERRUPTED)
+        except BrokenPipeError:  # whoever reads has what they wanted; click ends quietly
+            raise
         except Exception as error:
             if os.environ.get("FEDSPARSE_TRACEBACK"):
                 raise
@@ -148,6 +151,9 @@ def train(resolved: Resolved, out: Path | None, workers: int, quiet: bool, resum
         return
     view.end(result)
     if result.summary["interrupted"]:
+        saved = (result.path / "checkpoint").exists()
+        after = f"fedsparse resume {shlex.quote(str(result.path))}"
+        click.echo(f"Go on: {after}" if saved else "There is no checkpoint to go on from.", err=True)
         sys.exit(128 + signal.Signals[result.summary["signal"]])  # as shells report it
 
 

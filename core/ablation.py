@@ -262,7 +262,9 @@ def _seed_problems(seeds: Sequence[int], sets: Sequence[str]) -> list[Problem]:
 def _known_slots(slots: Sequence[str], problems: list[Problem]) -> list[str]:
     from .hookspecs import SLOTS
 
-    if list(slots) == ["all"]:
+    if "all" in slots:
+        if len(slots) > 1:
+            problems.append(Problem("", f"--slots: given {','.join(slots)!r}; all stands alone"))
         return list(SLOTS)
     problems += [
         Problem("", f"--slots: unknown slot {slot!r}. {nearest(slot, [*SLOTS, 'all'])}")

@@ -39,10 +39,19 @@ def run(
     Ctrl-C (interrupting the kernel of a notebook) ends the run after its round; what was recorded stays.
     Raises ConfigError for wrong settings, all at once, and RunError for what goes wrong in the run.
     """
-    given = Layer("fedsparse.run", expand(nested(settings)))
-    swapped = [f"{slot}={use}" for slot, use in (swaps or {}).items()]
+    for name in ("swap", "extra", "config"):
+        if name in settings:
+            raise ConfigError([Problem(name, f"no such setting; the argument is called {name}s")])
+    if swaps is not None and not isinstance(swaps, Mapping):
+        message = f"given {swaps!r}; expected a part by slot, such as {{'readjust': 'feddst'}}"
+        raise ConfigError([Problem("swaps", message)])
+    configs = [configs] if isinstance(configs, str | Path) else configs
     resolved = resolve(
-        plugin or None, [str(config) for config in configs], swapped, extras=extras, layers=[given]
+        plugin or None,
+        [str(config) for config in configs],
+        [f"{slot}={use}" for slot, use in (swaps or {}).items()],
+        extras=[extras] if isinstance(extras, str) else extras,
+        layers=[Layer("fedsparse.run", expand(nested(settings)))],
     )
     return _watched(resolved, None if out is None else Path(out), progress, workers, track)
 

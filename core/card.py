@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .config import CHOICES, toml_value
+from .config import CHOICES, leaves, toml_value
 from .errors import RunError
 from .hookspecs import SLOTS
 from .results import Result
@@ -76,15 +76,6 @@ def table_lines(section: Section) -> list[str]:
     if not section.rows:
         return []
     return [_line(section.headings), _line(["---"] * len(section.headings)), *map(_line, section.rows)]
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by dotted path; an empty table counts as none."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _line(cells: Sequence[str]) -> str:

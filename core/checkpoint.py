@@ -5,6 +5,7 @@ The one before stays beside it, as `checkpoint.old`. `sha256sum --check sha256` 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import json
@@ -185,9 +186,18 @@ def identity(resolved: Resolved) -> dict[str, Any]:
     sources = {}
     for part in (*(resolved.method.part(slot) for slot in SLOTS), *resolved.config.method.extras):
         module = inspect.getsourcefile(type(part))
-        code = Path(module).read_bytes() if module else b""
-        sources[type(part).__name__] = hashlib.sha256(code).hexdigest()[:16]
+        name = f"{type(part).__name__} of {Path(module).name}" if module else type(part).__name__
+        sources[name] = hashlib.sha256(_code(Path(module)) if module else b"").hexdigest()[:16]
     return {"settings": settings, "code": sources, "versions": versions()}
+
+
+def _code(module: Path) -> bytes:
+    """What a module does: its syntax tree without docstrings; comments are not in it."""
+    tree = ast.parse(module.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:]
+    return ast.dump(tree).encode()
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> list[str]:

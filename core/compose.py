@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -222,6 +223,16 @@ class Hooks:
         return metrics
 
 
+def _check_arguments(part: Part) -> None:
+    """Raises ValueError for an argument that a hook's specification does not have."""
+    specs = {name: getattr(spec, name) for spec in (*SLOTS.values(), Extras) for name in hooks_of(spec)}
+    for hook in sorted(part.hooks()):
+        allowed = tuple(inspect.signature(specs[hook]).parameters)[1:]
+        for argument in part.takes(hook):
+            if argument not in allowed:
+                raise ValueError(f"hook {hook} has no argument {argument!r}. {nearest(argument, allowed)}")
+
+
 def compose(method: Method) -> Hooks:
     """Registers the five parts and the extras, and checks their hooks against the specifications.
 
@@ -236,6 +247,7 @@ def compose(method: Method) -> Hooks:
                 raise ValueError(
                     f"budget_promise is {part.budget_promise!r}. {nearest(part.budget_promise, PROMISES)}"
                 )
+            _check_arguments(part)
             # equal parts are equal objects to pluggy: a name keeps them apart
             manager.register(part, name=f"{part.slot()}:{type(part).__name__}")
         except (pluggy.PluginValidationError, ValueError) as error:

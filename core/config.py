@@ -163,7 +163,7 @@ class FaultsConfig(Section):
 class ExecutionConfig(Section):
     """Where it runs."""
 
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field("auto", description="auto (a GPU if there is one), cpu, cuda or cuda:N")
     threads: int = Field(1, ge=1, le=1024, description="CPU threads; more than one rarely pays")
     contracts: bool = Field(True, description="check what hooks return")
     executor: Literal["auto", "sequential", "vectorised", "graph"] = Field(
@@ -190,6 +190,13 @@ class ExecutionConfig(Section):
     channels_last: Literal["auto", "on", "off"] = Field(
         "auto", description="memory order of images and convolutions; 'auto': on for CPUs"
     )
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"{device!r} is no device. Allowed: auto, cpu, cuda or cuda:N")
+        return device
 
 
 class LedgerConfig(Section):
@@ -263,10 +270,12 @@ class Merged:
     dropped: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
-    def source(self, path: str) -> str | None:
-        """Where a value, or something inside a table, came from."""
-        inside = (s for p, s in self.sources.items() if p == path or p.startswith(f"{path}."))
-        return next(inside, None)
+    def source(self, path: str, message: str = "") -> str | None:
+        """Where a value, or those inside a table that a message names (else any), came from."""
+        inside = {p: s for p, s in self.sources.items() if p == path or p.startswith(f"{path}.")}
+        words = set(re.findall(r"\w+", message))
+        named = [s for p, s in inside.items() if p.rpartition(".")[2] in words]
+        return ", ".join(dict.fromkeys(named)) or next(iter(inside.values()), None)
 
 
 def merge(layers: Iterable[Layer]) -> Merged:
@@ -334,13 +343,16 @@ def load_config(reference: str) -> Layer:
     if not reference:
         raise ConfigError("--config is empty; give a preset's name or a TOML file")
     path = Path(reference)
-    if path.suffix == ".toml" or ("/" in reference and path.exists()):
+    if path.suffix == ".toml" or ("/" in reference and path.is_file()):
         return read_toml(path, f"config {reference}")
     shipped = dict(_presets())
+    if reference not in shipped and path.is_dir():
+        raise ConfigError(f"--config {reference}: is a folder; of a run, give {path / 'config.toml'}")
     if reference not in shipped:
+        near = {name for name in shipped if ("/" in name) == ("/" in reference)}
         raise ConfigError(
-            f"--config {reference}: no such preset. {nearest(reference, shipped)}. "
-            "A file of your own must end in .toml"
+            f"--config {reference}: no such preset. {nearest(reference, near)}; `fedsparse config list` "
+            "shows all. A file of your own must end in .toml"
         )
     return Layer(f"config {reference}", expand(tomllib.loads(shipped[reference])))
 
@@ -406,6 +418,15 @@ def toml_value(value: Any) -> str:
 
 def _toml_key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by dotted path; an empty table counts as none."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _get(tree: Tree, path: tuple[str, ...]) -> Any:

@@ -6,8 +6,8 @@ import filecmp
 from collections.abc import Mapping
 from typing import Any
 
-from .card import UNKNOWN, Section, leaves
-from .config import toml_value
+from .card import UNKNOWN, Section
+from .config import leaves, toml_value
 from .results import Result
 
 FIGURES = {

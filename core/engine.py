@@ -55,7 +55,7 @@ class Engine:
         macs_a_sample, parts = sum(macs.values()), (self.hooks, self.loss, self.ledger, self.contracts)
         self.executor, self.why = choose(execution, task, *parts, macs_a_sample)
         self.faults = Faults(self.config.faults, task)
-        self.workers = workers.join(self.config.federation.clients_per_round)
+        self.workers = workers.join(self.config.federation.clients_per_round, execution.device)
         self.stop = False  # set from outside: the run ends after this round
 
     def start(self) -> ServerState:

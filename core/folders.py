@@ -14,4 +14,4 @@ def refuse_taken(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise RunError(f"cannot write to {path}: {error}") from None
     if taken:
-        raise RunError(f"{path} exists and is not an empty folder; name another with --out")
+        raise RunError(f"{path} exists and is not an empty folder; name another with --out, or delete it")

@@ -72,20 +72,18 @@ def played_alone(resolved: Resolved, out: Path | None, view: View, count: int, r
 
 def _played(resolved: Resolved, out: Path | None, view: View, resume: bool) -> Path | None:
     """One worker's part; the run's folder, in the first one."""
-    me = workers.join()
+    me = workers.join(device=resolved.config.execution.device)
     folders: list[Path] = []
 
     def begun(engine: Engine, folder: RunFolder) -> None:
         folders.append(folder.path)
         view.begin(engine, folder)
 
-    try:
-        if me.rank > 0:
-            runner.run(resolved, out, resume=resume)
-            return None
+    if me.rank > 0:
+        runner.run(resolved, out, resume=resume)
+    else:
         with view:
             runner.run(resolved, out, begun, view.round, view.say, resume)
-        return folders[0]
-    finally:
-        if me.size > 1:
-            workers.leave()
+    if me.size > 1:
+        workers.leave()
+    return folders[0] if folders else None

@@ -61,7 +61,7 @@ def _only_path(text: str) -> tuple[str, ...]:
 
 def about(resolved: Resolved) -> dict[str, Any]:
     """What a summary says of the method beyond its name, so that no plugin need be loaded to read it."""
-    from .card import leaves
+    from .config import leaves
     from .hookspecs import SLOTS
     from .ledger import paper_bytes
 

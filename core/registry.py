@@ -92,7 +92,7 @@ class Registry:
 
     def _load_file(self, path: Path) -> Plugin:
         if not path.is_file():
-            raise ConfigError(f"plugin {path}: there is no such file")
+            raise ConfigError(f"plugin {path}: {'is a folder' if path.is_dir() else 'there is no such file'}")
         path = path.resolve()
         name = f"fedsparse_local_{path.stem}_{blake2b(str(path).encode(), digest_size=4).hexdigest()}"
         spec = importlib.util.spec_from_file_location(name, path)

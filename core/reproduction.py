@@ -19,8 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .ablation import Interval, Spread, Trial, paired, spread, state_of
-from .card import leaves
-from .config import Layer, problems_of
+from .config import Layer, leaves, problems_of
 from .errors import ConfigError, Problem, RunError, nearest
 from .provenance import about, matters
 

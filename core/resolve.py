@@ -18,6 +18,7 @@ from .config import (
     RunConfig,
     Tree,
     expand,
+    leaves,
     load_config,
     merge,
     method_preset,
@@ -112,9 +113,20 @@ def resolve(
     files, foreign = _for_plugin(files, name)
     merged = merge([*([preset] if preset else []), *files, *swapped, *added, *changes, *layers])
     merged.dropped[:0] = foreign
-    problems += merged.problems + _repeated(swapped)
+    problems += merged.problems + _repeated(swapped) + _contradicted(changes, layers)
     merged.values.setdefault("method", {})["plugin"] = absolute(name)
     return _build(merged, found[0], registry, problems)
+
+
+def _contradicted(changes: Sequence[Layer], layers: Sequence[Layer]) -> list[Problem]:
+    """Settings that `--set` and an option of their own give differently."""
+    given = {path: (layer.source, value) for layer in changes for path, value in leaves(layer.values)}
+    return [
+        Problem(path, f"given by {given[path][0]} and, otherwise, by {layer.source}; give it once")
+        for layer in layers
+        for path, value in leaves(layer.values)
+        if path in given and given[path][1] != value
+    ]
 
 
 def parse_swap(text: str) -> Layer:
@@ -389,7 +401,7 @@ def _collect(function: Any, arguments: Iterable[str], problems: list[Problem]) -
 def _sourced(problems: Iterable[Problem], merged: Merged) -> list[Problem]:
     """The problems, each saying which layer gave the value."""
     return [
-        Problem(p.path, f"{p.message} (from {source})") if (source := merged.source(p.path)) else p
+        Problem(p.path, f"{p.message} (from {source})") if (source := merged.source(p.path, p.message)) else p
         for p in problems
     ]
 

@@ -181,11 +181,10 @@ def choose_device(name: str) -> torch.device:
         if name != "cuda":
             message = f"{name!r} for {local_workers()} workers; use 'cuda', which gives each its own"
             raise ConfigError([Problem("execution.device", message)])
-        return own_device()
+        if torch.cuda.is_available():
+            return own_device()
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError(f"{device.type} is not supported")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")

@@ -133,15 +133,15 @@ def leaks(method: Method, config: RunConfig, buffers: tuple[str, ...] | None) ->
     if "probe" in first.takes("mask_init"):
         yield (
             f"{first.__name__} gets clients' data for the first mask",
-            "swap mask_init, as by fedavg or random",
+            "--swap mask_init=fedavg or random",
         )
     if scored:
-        yield f"{readjust.__name__} collects growth scores without noise", "swap readjust, as by set"
+        yield f"{readjust.__name__} collects growth scores without noise", "--swap readjust=set"
     elif chosen:
-        change = "swap readjust, as by set or pffdst"
+        change = "--swap readjust=set or pffdst"
         yield f"{readjust.__name__} lets clients choose masks by their data", change
     if not vars(aggregate).get("linear", False):  # of its own contributions: inherited ones can be changed
-        yield f"{aggregate.__name__} sees more than the sum of the updates", "swap aggregate, as by fedavg"
+        yield f"{aggregate.__name__} sees more than the sum of the updates", "--swap aggregate=fedavg"
     if last is not GaussianMechanism:
         yield f"{last.__name__} changes uploads after the noise", "list its plugin before this one"
     if (values := config.ledger.values) != "float32":

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ...core.ledger import forward_macs
-from ...core.loss import casting
 from ...core.task import Task
 
 TRIES = 5
@@ -47,10 +46,8 @@ def floor(task: Task, precision: str, rounds: Sequence[int], workers: int) -> di
 def _product(device: torch.device, precision: str) -> float:
     """FLOPs a second of a large matrix product."""
     side = SIDE[device.type]
-    a, b = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
-    if precision == "bfloat16":
-        with casting(device.type, torch.bfloat16):
-            return 2 * side**3 / _best(lambda: a @ b, device)
+    kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
     return 2 * side**3 / _best(lambda: a @ b, device)
 
 

@@ -33,42 +33,40 @@ class Plan(NamedTuple):
 
 def measure(work: str, plan: Plan) -> dict[str, Any]:
     """The figures of a work, among the workers that this process belongs to; the first one's count."""
-    me = workers.join()
-    try:
-        resolved = configured(work)
-        task = tasks.build(resolved.config)
-        contenders, refused = gather(work, task, plan.methods, plan.executors)
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        memory = dict.fromkeys(contenders, 0)
-        for number in range(plan.repeats + 1):
-            for name, contender in list(contenders.items()):
-                try:
-                    taken, peak = _timed(name, contender, number, task.device, me)
-                except RunError as error:
-                    if me.size > 1 or name in BASES:
-                        raise
-                    refused[name] = str(error)  # alone, the others go on without it
-                    del contenders[name], seconds[name]
-                    continue
+    resolved = configured(work)
+    me = workers.join(device=resolved.config.execution.device)
+    task = tasks.build(resolved.config)
+    contenders, refused = gather(work, task, plan.methods, plan.executors)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    memory = dict.fromkeys(contenders, 0)
+    for number in range(plan.repeats + 1):
+        for name, contender in list(contenders.items()):
+            try:
+                taken, peak = _timed(name, contender, number, task.device, me)
+            except RunError as error:
+                if me.size > 1 or name in BASES:
+                    raise
+                refused[name] = str(error)  # alone, the others go on without it
+                del contenders[name], seconds[name]
+                continue
+            if number:  # round 0 warms up, and captures
+                seconds[name].append(taken)
                 memory[name] = max(memory[name], peak)
-                if number:  # round 0 warms up
-                    seconds[name].append(taken)
-        gpu = task.device.type == "cuda"
-        return {
-            "work": work,
-            "workers": me.size,
-            "device": torch.cuda.get_device_name(task.device) if gpu else "cpu",
-            "parameters": sum(p.numel() for p in task.model.parameters()),
-            "contenders": {
-                name: summary(seconds, name) | ({"gpu_bytes": memory[name]} if gpu else {})
-                for name in seconds
-            },
-            "floor": floor(task, resolved.config.execution.precision, range(1, plan.repeats + 1), me.size),
-            "refused": refused,
-            "settings": resolved.tree(),
-        }
-    finally:
-        workers.leave()
+    gpu = task.device.type == "cuda"
+    found = {
+        "work": work,
+        "workers": me.size,
+        "device": torch.cuda.get_device_name(task.device) if gpu else "cpu",
+        "parameters": sum(p.numel() for p in task.model.parameters()),
+        "contenders": {
+            name: summary(seconds, name) | ({"gpu_bytes": memory[name]} if gpu else {}) for name in seconds
+        },
+        "floor": floor(task, resolved.config.execution.precision, range(1, plan.repeats + 1), me.size),
+        "refused": refused,
+        "settings": resolved.tree(),
+    }
+    workers.leave()
+    return found
 
 
 def _timed(

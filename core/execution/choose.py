@@ -68,6 +68,9 @@ def choose(
         trouble = unstackable(loss, task) if small else ""
         if trouble:
             kind, why = "sequential", f"its model cannot be stacked: {trouble}"
+    elif kind == "vectorised" and (trouble := unstackable(loss, task)):
+        message = f"'vectorised' cannot stack this model: {trouble}. Set 'auto' or 'sequential'"
+        raise ConfigError([Problem("execution.executor", message)])
     parts = (task, hooks, loss, ledger, contracts)
     if kind == "sequential":
         return Chosen(Sequential(*parts), why)
@@ -107,17 +110,17 @@ def unstackable(loss: ModelLoss, task: Task) -> str:
 
 
 def fitting(task: Task, parameters: int) -> int:
-    """How many clients fit into half of the free memory: their parameters and their activations."""
+    """How many clients fit into half of that memory: their parameters and their activations."""
     sample = 4 * task.activations()
     client = 4 * COPIES * parameters + 2 * task.federation.batch_size * sample
     workers = 1 if task.device.type == "cuda" else local_workers()  # that share a machine's memory
-    return max(1, free_memory(task.device) // 2 // workers // client)
+    return max(1, memory(task.device) // 2 // workers // client)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
+def memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU; half of what a host has, so that a resumed run stacks as many clients."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS does not tell
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
         return 2**31
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

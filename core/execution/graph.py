@@ -137,7 +137,9 @@ class Lane:
         """Records the step, which runs without effect before: libraries choose their kernels then."""
         self.graph, self.form = None, None
         self.wait()
-        with torch.cuda.stream(stream):
+        # what layers draw without a key must not depend on when a step is captured
+        undrawn = torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+        with torch.cuda.stream(stream), undrawn:
             for _ in range(warm_ups):
                 self.stepped = self.step(self.places)
             for name, metric in self.stepped.metrics.items():

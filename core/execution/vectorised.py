@@ -270,7 +270,10 @@ class Vectorised(Executor):
 
         params, mask, carry = torch.func.vmap(one)(chunk.params, stacked, chunk.carry, scores, keys)
         chunk.params, chunk.mask, chunk.carry, chunk.readjusted = params, mask, carry, True
-        chunk.trainable = masks.movable(mask, state.frozen)
+        free = masks.movable(mask, state.frozen)
+        # what has no mask is frozen for all clients alike
+        shared = {name: t for name, t in free.items() if name not in mask}
+        chunk.trainable = free | _spread(shared, len(chunk.clients))
         self.check_readjusted(plan, chunk)
 
     def check_readjusted(self, plan: Plan, chunk: Chunk) -> None:

@@ -16,6 +16,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.synchronize import Barrier
@@ -61,7 +62,7 @@ class Workers:
         A client that was sampled twice trains twice on one worker. The order of `clients` is kept.
         """
         loads, owner = [0] * self.size, dict[int, int]()
-        times = {client: clients.count(client) for client in set(clients)} if self.size > 1 else {}
+        times = Counter(clients) if self.size > 1 else {}
         for client in sorted(times, key=lambda c: (-times[c] * work[c], c)):
             owner[client] = loads.index(min(loads))
             loads[owner[client]] += times[client] * work[client]
@@ -194,18 +195,19 @@ def started_by_launcher() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def join(clients_per_round: int | None = None) -> Workers:
+def join(clients_per_round: int | None = None, device: str = "auto") -> Workers:
     """Joins the workers that the environment names; alone if it names none.
 
-    Raises ConfigError if some would have no client.
+    `device` is the run's setting. Raises ConfigError if some would have no client or no GPU of their own.
     """
     if not started_by_launcher():
         return Workers()
     if not dist.is_initialized():
-        gpus = torch.cuda.device_count()
+        # newer versions of NCCL's backend take a GPU at once
+        gpu = device != "cpu" and own_device().type == "cuda"
         # one that ends at once, by an error of its own, may leave others half connected
         with _NamingTheLost():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     me = Workers(dist.get_rank(), dist.get_world_size())
     if clients_per_round is not None:
         refuse_idle(me.size, clients_per_round)
@@ -220,7 +222,7 @@ def refuse_idle(workers: int, clients_per_round: int) -> None:
 
 
 def leave() -> None:
-    """Ends this process's part among the workers."""
+    """Ends this process's part, as all workers do: after an error NCCL would wait for the others for ever."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -447,9 +447,47 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(make_engine, m
         caught.value
     )
     older = checkpoint.identity(made)
-    older = {**older, "versions": {**older["versions"], "fedsparse": "0.0.9"}, "code": {"Regrow": "ab"}}
-    with pytest.raises(RunError, match=r"code.Regrow was .*versions.fedsparse was '0.1.0', is '0.0.9'"):
+    older = {
+        **older,
+        "versions": {**older["versions"], "fedsparse": "0.0.9"},
+        "code": {"Regrow of feddst.py": "ab"},
+    }
+    with pytest.raises(
+        RunError, match=r"code.Regrow of feddst.py was .*versions.fedsparse was '0.1.0', is '0.0.9'"
+    ):
         checkpoint.load(tmp_path / "c", older)
+
+
+def test_comments_and_docstrings_of_parts_may_change_between_run_and_resume(tmp_path, make_resolved):
+    path = tmp_path / "mine.py"
+    text = '''"""A."""
+from fedsparse.core.hookspecs import hookimpl
+from fedsparse.core.method import Method
+from fedsparse.core.part import Part
+
+class Never(Part):
+    """B."""
+
+    @hookimpl
+    def target_sparsity(self, base):
+        """C."""
+        return base
+
+METHOD = Method("mine", readjust=Never())
+'''
+
+    def identity(text):
+        path.write_text(text)
+        return checkpoint.identity(make_resolved(str(path)))["code"]["Never of mine.py"]
+
+    first = identity(text)
+    assert (
+        identity(
+            text.replace("B.", "Other words").replace("C.", "Here, too").replace("base\n\n", "base  # why\n")
+        )
+        == first
+    )
+    assert identity(text.replace("return base", "return 0.5")) != first
 
 
 @pytest.mark.parametrize("plugin", ["fedavg", "feddst", "pffdst"])

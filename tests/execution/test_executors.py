@@ -96,6 +96,21 @@ def test_a_client_that_is_sampled_twice_trains_twice_in_a_row(make_engine, other
 
 
 @pytest.mark.parametrize("other", ["vectorised", "graph"])
+def test_frozen_biases_stay_where_clients_move_their_masks(make_engine, other):
+    """What has no mask is frozen for all clients of a chunk, also where it is as long as they are many."""
+    changes = {"method__readjust__use": "feddst", "method__readjust__period": 1}
+    changes |= {"method__readjust__annealing": "constant", "federation__rounds": 10}
+    changes |= {"method__freeze_policy__threshold": 0.5, "method__freeze_policy__period": 2}
+    changes |= {"method__freeze_policy__alpha": 0.6, "federation__clients_per_round": 4}
+    changes |= {"task__model__use": "mlp", "task__model__hidden": [4], "execution__chunk": 4}
+    engines = [make_engine("apf", execution__executor=kind, **changes) for kind in ("sequential", other)]
+    one, two = (list(engine.rounds(engine.start())) for engine in engines)
+    unmasked = (f for report in one[:-1] for name, f in report.state.frozen.items() if "bias" in name)
+    assert any(frozen.any() for frozen in unmasked)
+    assert_same(one[-1], two[-1])
+
+
+@pytest.mark.parametrize("other", ["vectorised", "graph"])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7])
 def test_chunks_of_any_size_give_the_same(make_engine, chunk, other):
     assert_same(*both(make_engine, "feddst", other, execution__chunk=chunk, federation__rounds=4))
@@ -270,6 +285,8 @@ def test_auto_leaves_models_that_cannot_be_stacked_to_the_loop(make_engine, tmp_
     assert engine.why.startswith("its model cannot be stacked: ")
     assert "data-dependent" in engine.why
     last(engine)
+    with pytest.raises(ConfigError, match=r"'vectorised' cannot stack this model: .*data-dependent"):
+        make_engine(execution__executor="vectorised", **changes)
 
 
 def test_normalised_models_can_be_stacked(make_engine):
@@ -462,6 +479,7 @@ def test_a_step_is_captured_again_only_for_another_number_or_form(monkeypatch):
 
     def step(given):
         runs.append(len(given.batch.targets))
+        torch.rand(1)  # a layer that draws by itself
         return Stepped(given.params, given.carry, {"loss": torch.tensor(1.0)})
 
     def loaded(rate, size):
@@ -476,3 +494,10 @@ def test_a_step_is_captured_again_only_for_another_number_or_form(monkeypatch):
     assert [loaded(0.5, 4), loaded(0.5, 4)] == [WARM_UPS + 1, 0]
     assert [loaded(0.25, 4), loaded(0.25, 4)] == [2, 0]
     assert [loaded(0.25, 3), loaded(0.5, 3)] == [WARM_UPS + 1, 2]
+    # what is drawn after a capture does not depend on how often the step ran before it
+    before = torch.get_rng_state()
+    loaded(0.25, 4)
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    torch.rand(1)
+    assert torch.equal(after, torch.get_rng_state())

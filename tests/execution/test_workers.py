@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from fedsparse.core.errors import FedsparseError, RunError
+from fedsparse.core import playing
+from fedsparse.core.errors import ConfigError, FedsparseError, RunError
 from fedsparse.core.execution.workers import Workers, join, launch, leave, own_device
 from fedsparse.core.registry import Registry
+from fedsparse.core.task import choose_device
 from fedsparse.core.tracking import RunFolder
 
 COMMAND = [sys.executable, "-c", "from fedsparse.cli.main import main; main()"]
@@ -303,3 +306,42 @@ def test_workers_of_a_process_that_looked_for_gpus_say_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     with pytest.raises(RunError, match="has used a GPU and so cannot start workers"):
         own_device()
+
+
+def test_workers_take_nccl_only_for_gpus_of_their_own(monkeypatch):
+    backends, gpus = [], 1
+    monkeypatch.setattr(dist, "init_process_group", backends.append)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    join(device="cpu")
+    with pytest.raises(ConfigError, match="2 workers on a machine with 1 GPUs"):
+        join()
+    gpus = 2
+    assert join().rank == 1
+    assert backends == ["gloo", "cpu:gloo,cuda:nccl"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_workers_do_not_fall_back_to_cpus_where_cuda_is_asked_for(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="'cuda' cannot be used here"):
+        choose_device("cuda")
+
+
+def test_a_worker_with_an_error_waits_for_no_other(monkeypatch, make_resolved):
+    """NCCL's end is for all of them together."""
+    left = []
+    monkeypatch.setattr(playing.workers, "join", lambda **options: Workers(0, 2))
+    monkeypatch.setattr(playing.workers, "leave", lambda: left.append(True))
+    monkeypatch.setattr(playing.runner, "run", lambda *given, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        playing._played(make_resolved("fedavg"), None, playing.View(), False)
+    assert not left
+    monkeypatch.setattr(playing.runner, "run", lambda *given, **options: None)
+    monkeypatch.setattr(playing.workers, "join", lambda **options: Workers(1, 2))
+    assert playing._played(make_resolved("fedavg"), None, playing.View(), False) is None
+    assert left

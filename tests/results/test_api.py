@@ -146,6 +146,14 @@ def test_what_python_cannot_ask_for_is_refused(monkeypatch):
             fedsparse.run("fedavg", workers=workers, **SHORT)
     with pytest.raises(ConfigError, match=r"unknown tracker 'csvv'\. Did you mean 'csv'"):
         fedsparse.run("fedavg", track="csvv", **SHORT)
+    with pytest.raises(ConfigError, match=r"swaps: given \['readjust=feddst'\]; expected a part by slot"):
+        fedsparse.run("fedavg", swaps=["readjust=feddst"], **SHORT)
+    with pytest.raises(ConfigError, match="swap: no such setting; the argument is called swaps"):
+        fedsparse.run("fedavg", swap={"readjust": "feddst"}, **SHORT)
+    with pytest.raises(ConfigError, match=r"--config cifar10-lennet: no such preset\. Did you mean"):
+        fedsparse.run("fedavg", configs="cifar10-lennet", **SHORT)
+    with pytest.raises(ConfigError, match="--extra privcy: unknown plugin"):
+        fedsparse.run("fedavg", extras="privcy", **SHORT)
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     with pytest.raises(RunError, match="has used a GPU and so cannot start workers"):
         fedsparse.run("fedavg", workers=2, **SHORT)

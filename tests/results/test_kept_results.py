@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedsparse.core import reproduction
-from fedsparse.core.card import leaves
-from fedsparse.core.config import toml_value
+from fedsparse.core.config import leaves, toml_value
 from fedsparse.core.reproduction import NOT_RUN, judged, load, other_settings, shipped
 from fedsparse.core.reproduction_page import CARD, PAGE, page, with_claims
 from fedsparse.core.resolve import resolve
