@@ -42,7 +42,7 @@ data set as torchvision reads it; `--set task.download=true` fetches it."""
 _DIFFERENCES = "Differences are in points, paired by seed, with Student's 95 % interval."
 _VERDICTS = {
     "both": "A claim holds where both intervals lie above zero, and in part where one does and the other "
-    "holds zero; it does not hold where both lie below; else it is not shown.",
+    "contains zero; it does not hold where both lie below; else it is not shown.",
     "end": "Claims are judged at the end: networks grow sparser until then, and a best round may be denser. "
     "A claim holds where the interval lies above zero, and does not where it lies below; else it is not "
     "shown.",
@@ -193,7 +193,10 @@ def claims_of(tables: Sequence[Table]) -> str:
         count = sum(each.verdict == NOT_RUN for _, each in made)
         waiting += [f"{count} of {link}"] if count else []
     headings = ("claim", "by", "table", "at the end", "in the best round", "pairs", "verdict")
-    lines = [*_counted(found), "", *table_lines(Section("", headings, found))] if found else []
+    lines = []
+    if found:
+        lines = [*_counted(found), "", "<details>", f"<summary>All {len(found)} claims</summary>", ""]
+        lines += [*table_lines(Section("", headings, found)), "", "</details>"]
     if waiting:
         said = f"Claims not run yet: {', '.join(waiting)}."
         lines += ["", *textwrap.wrap(said, WIDTH, break_on_hyphens=False, break_long_words=False)]
