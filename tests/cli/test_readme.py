@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from fedsparse.cli.main import main
@@ -101,6 +102,9 @@ def test_the_tutorial_command_by_command(rounds, tmp_path):
     assert mine["method"] == "my_method"
     if not rounds:
         assert re.search(r"my_method: (\d+) of \1 checks passed", said)
+        if torch.__version__.startswith("2.15"):  # whose numbers they are, as the tutorial says
+            for figure in re.findall(r"0\.\d{4}|\d\d\.\d\d(?=\sMB)", section("Tutorial: ten minutes")):
+                assert figure in said
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "summary.json"])

@@ -4,12 +4,13 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
 from fedsparse.core import reproduction
 from fedsparse.core.config import leaves, toml_value
-from fedsparse.core.reproduction import NOT_RUN, judged, load, other_settings, shipped
+from fedsparse.core.reproduction import NOT_RUN, judged, load, measured, other_settings, shipped
 from fedsparse.core.reproduction_page import CARD, PAGE, page, with_claims
 from fedsparse.core.resolve import resolve
 
@@ -57,6 +58,32 @@ def test_the_readme_lists_every_claim_with_its_verdict():
             line = f"| {claim.says} | {claim.by} | [{table.name}](configs/papers/{table.name}) | "
             both = table.kept[claim.better] and table.kept[claim.than]
             assert (line in listed) == bool(both), claim.says
+
+
+def test_the_readmes_headlines_are_of_kept_runs():
+    told = {table.name: table for table in TABLES}
+    readme = (ROOT / PAGE).read_text(encoding="utf-8")
+    said = {line.split("|")[1].strip(): line for line in readme.splitlines() if line.startswith("| ")}
+
+    def found(table, row):
+        return measured(told[table].kept[row], told[table].description.metric)
+
+    def less_traffic(table, row, dense):
+        one, other = found(table, row), found(table, dense)
+        return (other.upload_bytes + other.download_bytes) / (one.upload_bytes + one.download_bytes)
+
+    def worse(table, row, dense):
+        return 100 * (mean(found(table, dense).final) - mean(found(table, row).final))
+
+    fashion, lenet = "fedsparsify-mlp-fashion", "sparsyfed-lenet-cifar10"
+    points = [worse(fashion, f"{part}-s090-global", f"{part}-dense") for part in ("iid", "noniid")]
+    assert f"is {points[0]:.1f} points worse (IID) and {points[1]:.1f} (2 classes" in said["FedSparsify"]
+    times = less_traffic(fashion, "iid-s090-global", "iid-dense")
+    assert f"at {times:.1f} times less traffic" in said["FedSparsify"]
+    for part in ("lda01", "lda10"):
+        row, dense = f"{part}-s095-sparsyfed-floor", f"{part}-dense"
+        assert f"at {less_traffic(lenet, row, dense):.0f} times less traffic" in said["SparsyFed"]
+        assert worse(lenet, row, dense) > 25
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
