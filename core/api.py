@@ -43,7 +43,7 @@ def run(
         if name in settings:
             raise ConfigError([Problem(name, f"no such setting; the argument is called {name}s")])
     if swaps is not None and not isinstance(swaps, Mapping):
-        message = f"given {swaps!r}; expected a part by slot, such as {{'readjust': 'feddst'}}"
+        message = f"given {swaps!r}; expected plugins by slot, such as {{'readjust': PLUGIN}}"
         raise ConfigError([Problem("swaps", message)])
     configs = [configs] if isinstance(configs, str | Path) else configs
     resolved = resolve(

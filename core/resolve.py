@@ -36,6 +36,8 @@ from .registry import Plugin, Registry, absolute
 
 DEFAULT_PLUGIN = "fedavg"
 """Fills the slots that a method leaves out, and runs when no plugin is named."""
+OPTIONS = "--plugin", "--seed"
+"""Of one setting each, which `--set` may not give otherwise."""
 
 _TASK_CHOICES: dict[str, dict[str, type[Component]]] = {
     "dataset": DATASETS,
@@ -124,6 +126,7 @@ def _contradicted(changes: Sequence[Layer], layers: Sequence[Layer]) -> list[Pro
     return [
         Problem(path, f"given by {given[path][0]} and, otherwise, by {layer.source}; give it once")
         for layer in layers
+        if layer.source in OPTIONS
         for path, value in leaves(layer.values)
         if path in given and given[path][1] != value
     ]

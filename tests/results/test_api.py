@@ -146,7 +146,7 @@ def test_what_python_cannot_ask_for_is_refused(monkeypatch):
             fedsparse.run("fedavg", workers=workers, **SHORT)
     with pytest.raises(ConfigError, match=r"unknown tracker 'csvv'\. Did you mean 'csv'"):
         fedsparse.run("fedavg", track="csvv", **SHORT)
-    with pytest.raises(ConfigError, match=r"swaps: given \['readjust=feddst'\]; expected a part by slot"):
+    with pytest.raises(ConfigError, match=r"swaps: given \['readjust=feddst'\]; expected plugins by slot"):
         fedsparse.run("fedavg", swaps=["readjust=feddst"], **SHORT)
     with pytest.raises(ConfigError, match="swap: no such setting; the argument is called swaps"):
         fedsparse.run("fedavg", swap={"readjust": "feddst"}, **SHORT)
