@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import click
 
-from ..core.config import parse_set
+from ..core.config import leaves, parse_set
 from ..core.testing import checks
 
 
 def show_checks(plugin: str, sets: Sequence[str]) -> bool:
     """Plays every check and prints its outcome; whether all passed."""
-    settings = dict(pair for text in sets for pair in _settings(parse_set(text).values))
+    settings = dict(pair for text in sets for pair in leaves(parse_set(text).values))
     seen: dict[str, str] = {}  # first check that failed for a reason
     counts = [0, 0]
     for contract in checks(plugin, settings=settings):
@@ -27,12 +26,3 @@ def show_checks(plugin: str, sets: Sequence[str]) -> bool:
     failed, passed_ = counts
     click.echo(f"{plugin}: {passed_} of {failed + passed_} checks passed")
     return not failed
-
-
-def _settings(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested tables by dotted path."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _settings(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config import leaves
 from ..errors import ConfigError, Problem
 from ..results import Result
 
@@ -68,7 +69,7 @@ def grouped(runs: Sequence[Result]) -> tuple[Group, ...]:
 
 def settings(run: Result) -> dict[str, Any]:
     """Dotted paths and values of what decides a run's results, the seed left out."""
-    return {path: value for path, value in _leaves(run.config) if not _within(path, NO_DIFFERENCE)}
+    return {path: value for path, value in leaves(run.config) if not _within(path, NO_DIFFERENCE)}
 
 
 def differing(several: Sequence[Settings]) -> tuple[str, ...]:
@@ -116,14 +117,6 @@ def _method(runs: Sequence[Result]) -> str:
 
 def _seed(run: Result) -> int:
     return int(run.config.get("seed", 0))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _within(path: str, tables: Sequence[str]) -> bool:
