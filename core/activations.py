@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from .ledger import PassDensity
 from .loss import ClientLoss, ModelLoss
+from .recording import operation
 from .schedule import share
 from .selection import kth_largest, readable
 from .state import Batch, Carry, Params
@@ -151,33 +152,51 @@ class Pruning(TorchFunctionMode):
 
     def kept(self, name: str, inputs: Tensor, weight: Tensor) -> Tensor:
         """The inputs of a layer that count in the gradient of its weight, others 0."""
-        inputs, weight = inputs.detach(), weight.detach()
-        return at_least(inputs, self.threshold(name, inputs, weight))
+        held = self.thresholds.get(name)
+        kept, moved = largest_inputs(inputs.detach(), weight.detach(), held, self.density)
+        if moved is not None:
+            self.thresholds[name] = moved
+        return kept
 
-    def threshold(self, name: str, inputs: Tensor, weight: Tensor) -> Tensor:
-        """The least magnitude that a layer keeps, 0-d."""
-        held, seen = self.thresholds.get(name), readable(inputs, weight)
-        if held is not None and seen and held.item() >= 0:
-            return held
-        total, size = inputs.numel(), weight.numel()
-        # NaN counts, and the contracts speak of it; numpy takes a fourth of torch's time
-        nonzero = int(np.count_nonzero(weight.bool().numpy())) if seen else weight.count_nonzero()
-        count = self.count(nonzero, total, size)
-        fresh = kth_largest(inputs.abs(), count)
-        if held is None:
-            return fresh
-        threshold = torch.where(held >= 0, held, fresh)
+
+@operation
+def largest_inputs(
+    inputs: Tensor, weight: Tensor, held: Tensor | None, density: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """The inputs that a layer keeps, others 0, and the threshold that it holds from now on."""
+    least, held = threshold(inputs, weight, held, density)
+    return at_least(inputs, least), held
+
+
+def threshold(
+    inputs: Tensor, weight: Tensor, held: Tensor | None, density: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """The least magnitude that a layer keeps, 0-d, and the threshold that it holds from now on.
+
+    `held` is the one that it holds so far, 0-d: below 0 if it is still open; None for a layer that takes a
+    new one each time, which also holds None from now on.
+    """
+    seen = readable(inputs, weight)
+    if held is not None and seen and held.item() >= 0:
+        return held, held
+    total, size = inputs.numel(), weight.numel()
+    # NaN counts, and the contracts speak of it; numpy takes a fourth of torch's time
+    nonzero = int(np.count_nonzero(weight.bool().numpy())) if seen else weight.count_nonzero()
+    least = kth_largest(inputs.abs(), kept_count(nonzero, total, size, density))
+    if held is not None:
+        least = torch.where(held >= 0, held, least)
         # a dense layer prunes nothing, and leaves its threshold open
-        self.thresholds[name] = torch.where(torch.as_tensor(nonzero < size), threshold, held)
-        return threshold
+        held = torch.where(torch.as_tensor(nonzero < size), least, held)
+    return least, held
 
-    def count(self, nonzero: Any, total: int, size: int) -> Any:
-        """How many of `total` inputs a layer keeps, by its weights (an int or a 0-d tensor of ints)."""
-        floor = math.ceil(FLOOR * total)
-        if self.density is not None:
-            return max(total - share(total, 1 - self.density), floor)
-        count = (nonzero * total + size - 1) // size  # ceil(density of the weight · total), in integers
-        return max(count, floor) if isinstance(count, int) else count.clamp_min(floor)
+
+def kept_count(nonzero: Any, total: int, size: int, density: float | None) -> Any:
+    """How many of `total` inputs a layer keeps, by its weights (an int or a 0-d tensor of ints)."""
+    floor = math.ceil(FLOOR * total)
+    if density is not None:
+        return max(total - share(total, 1 - density), floor)
+    count = (nonzero * total + size - 1) // size  # ceil(density of the weight · total), in integers
+    return max(count, floor) if isinstance(count, int) else count.clamp_min(floor)
 
 
 def saving(kept: Tensor, inputs: Tensor, layer: Callable[[], Any]) -> tuple[Any, bool]:

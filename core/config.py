@@ -182,6 +182,11 @@ class ExecutionConfig(Section):
         False,
         description="compile the whole step with torch.compile first, which takes a minute; for 'graph'",
     )
+    replay: bool = Field(
+        True,
+        description="on CPUs, from the second round on, run local steps from a recording of their operations; "
+        "the results are the same to the bit. Off to look into a step",
+    )
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
         "auto",
         description="of products and convolutions; 'auto': tf32 on GPUs, float32 elsewhere; parameters stay "

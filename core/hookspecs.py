@@ -117,8 +117,9 @@ class LocalStep:
         clock: Clock,
         key: Tensor,
     ) -> Stepped:
-        """For every minibatch: the hot hook.
+        """For every minibatch: the hot hook, a function of its arguments alone.
 
+        Executors stack it, capture it, and run it again from a recording of its operations.
         `loss.value_and_grad(params, carry, batch)` gives loss, gradients and the carry with new buffers.
         `trainable` (mask & ~frozen) lists only tensors that have an entry which must not move; those
         entries must come back bit-identical. `anchor` is what the client downloaded. `core.optim.sgd` does

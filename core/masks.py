@@ -18,10 +18,12 @@ from torch import Tensor
 from . import rng
 from .budget import Budget
 from .functional import is_stacked
+from .recording import operation
 from .selection import kth_largest, readable
 from .state import Masks, Params, Scores
 
 
+@operation
 def largest(score: Tensor, count: int) -> Tensor:
     """Mask of the `count` largest entries of `score`; among equals the lower flat index wins."""
     flat = score.detach().flatten()

@@ -6,9 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .recording import operation
 from .selection import readable
 
 
+@operation
 def power(magnitudes: Tensor, exponent: Tensor) -> Tensor:
     """`magnitudes` (0 or more) to the power of `exponent`, 0-d; a fourth root may differ in its last bit."""
     # torch's square root is several times slower where many entries are 0

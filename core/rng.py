@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .recording import operation
 from .selection import readable
 from .transfer import to_device
 
@@ -57,6 +58,7 @@ def bits_at(streams: Tensor, places: Tensor) -> Tensor:
     return _shift(_mix(streams + (places + 1) * GOLDEN), 1)
 
 
+@operation
 def bits(stream: Tensor, shape: Sequence[int]) -> Tensor:
     """Independent uniform integers in [0, 2^63), int64 of the given shape."""
     count = int(np.prod(shape, dtype=np.int64))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .functional import is_stacked
+from .recording import operation
 
 _SHIFT, _BUCKETS = 20, 1 << 12  # buckets of float32 values by sign, exponent and three bits of the fraction
 # torch's own selection is faster up to here, and on a CPU several times slower soon after
@@ -24,6 +25,7 @@ def readable(*tensors: Tensor) -> bool:
     return all(t.is_cpu for t in tensors) and not is_stacked(dict(enumerate(tensors)))
 
 
+@operation
 def kth_largest(values: Tensor, k: int | Tensor) -> Tensor:
     """The k-th largest entry (k from 1 to their number), 0-d; NaN is larger than everything.
 
@@ -67,8 +69,7 @@ class _Ranked(torch.autograd.Function):
         rows, count = info.batch_size, k
         flat = flat.movedim(in_dims[0], 0) if in_dims[0] is not None else flat.expand(rows, -1)
         if readable(flat) and (isinstance(k, Tensor) or flat.shape[1] > _FEW):
-            counts = k.expand(rows).tolist() if isinstance(k, Tensor) else [k] * rows
-            return torch.stack([kth_largest(row, n) for row, n in zip(flat, counts, strict=True)]), 0
+            return _by_row(flat, k), 0
         if isinstance(count, Tensor):
             ordered = flat.sort(dim=1, descending=True).values
             return ordered.gather(1, (count - 1).expand(rows).view(-1, 1)).view(-1), 0
@@ -80,6 +81,13 @@ class _Ranked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
         return None, None
+
+
+@operation
+def _by_row(rows: Tensor, k: int | Tensor) -> Tensor:
+    """The k-th largest of each row."""
+    counts = k.expand(len(rows)).tolist() if isinstance(k, Tensor) else [k] * len(rows)
+    return torch.stack([kth_largest(row, n) for row, n in zip(rows, counts, strict=True)])
 
 
 def _bucket(values: NDArray[np.float32], place: int) -> tuple[NDArray[np.float32], int]:

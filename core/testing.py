@@ -418,7 +418,7 @@ class Watch:
         found = engine.hooks.found
         for name, hook in found.items():
             found[name] = replace(hook, function=self.watched(name, hook, engine))
-        engine.executor.step = found["local_step"]
+        engine.executor.step, engine.executor.replays = found["local_step"], None
 
     def watched(self, name: str, hook: Hook, engine: Engine) -> Callable[..., Any]:
         """The hook's function, watched."""

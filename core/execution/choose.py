@@ -17,6 +17,7 @@ from ..registry import describe
 from ..state import Batch, Params
 from ..task import Task
 from .graph import Graph
+from .replay import Replays
 from .sequential import Sequential
 from .training import Executor
 from .vectorised import Vectorised
@@ -72,8 +73,12 @@ def choose(
         message = f"'vectorised' cannot stack this model: {trouble}. Set 'auto' or 'sequential'"
         raise ConfigError([Problem("execution.executor", message)])
     parts = (task, hooks, loss, ledger, contracts)
+    # a GPU has graphs for that
+    replays = Replays() if config.replay and task.device.type == "cpu" else None
     if kind == "sequential":
-        return Chosen(Sequential(*parts), why)
+        alone = Sequential(*parts)
+        alone.replays = replays
+        return Chosen(alone, why)
     cohort, room = task.federation.clients_per_round, fitting(task, parameters)
     executor: Vectorised | Graph
     if kind == "graph":
@@ -83,6 +88,7 @@ def choose(
         why += "; a CPU has no graphs and runs the steps as they are" if task.device.type == "cpu" else ""
     else:
         executor = Vectorised(*parts)
+        executor.replays = replays
     executor.size = min(cohort, config.chunk or room)
     return Chosen(executor, f"{why}; {executor.size} of {cohort} clients at once")
 

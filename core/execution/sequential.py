@@ -73,6 +73,7 @@ class Sequential(Executor):
         for client, own in zip(group, batches, strict=True):
             self.hooks.at = (plan.clock.round, client.number)
             step, place = self.stepper(plan, clock), self.hooks.where("local_step")
+            step = self.replayed(step, plan, clock)
             keys = self.step_keys(plan, client.number, clock, len(own))
             metrics = []
             for index, batch in enumerate(own):

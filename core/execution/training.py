@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from ..state import (
 )
 from ..task import Task
 from .exchange import Plan, Uploads
+from .replay import Replays
 from .step import Settings, Step, offered
 
 
@@ -70,6 +72,7 @@ class Executor(ABC):
         self.task, self.hooks, self.loss = task, hooks, loss
         self.ledger, self.contracts, self.layout = ledger, contracts, task.layout
         self.step = hooks.found["local_step"]
+        self.replays: Replays | None = None
         self.needs_score = hooks.takes("readjust", "score")
         self.needs_key = hooks.takes("local_step", "key")
         self.drops = drops(task.model, task.dataset.input_shape)
@@ -121,6 +124,14 @@ class Executor(ABC):
         """The local step of an epoch as a function of tensors alone."""
         numbers, place = self.settings(plan, clock)._asdict(), self.hooks.where("local_step")
         return lambda given: self.step(Stepped, place, **offered(given, self.loss, numbers))
+
+    def replayed(self, step: Step, plan: Plan, clock: Clock, stacked: bool = False) -> Step:
+        """The step of an epoch, from recordings where the run makes any. `stacked`: with masks, too."""
+        if self.replays is None:
+            return step
+        numbers = self.settings(plan, clock).taken(self.hooks.found["local_step"])
+        rate = numbers.pop("lr", math.inf)
+        return self.replays.of(step, rate, (numbers, stacked), plan.clock.round)
 
     def settings(self, plan: Plan, clock: Clock) -> Settings:
         """The numbers that a step reads."""

@@ -167,6 +167,7 @@ class Vectorised(Executor):
     ) -> None:
         """One local epoch of a chunk."""
         step = stacked(self.stepper(plan, clock), chunk.readjusted)
+        step = self.replayed(step, plan, clock, stacked=chunk.readjusted)
         keys = self.epoch_keys(plan, [client.number for client in chunk.clients], clock, batches.steps)
         for index in range(batches.steps):
             now = {name: each[:, index] for name, each in keys.items()}

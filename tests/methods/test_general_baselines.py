@@ -447,7 +447,7 @@ def test_scaffolds_rows_are_means_since_growth_where_clients_rewire(make_engine,
         trail[-1][2].append((offered["loss"].mask, params, grads, stepped.params))
         return stepped
 
-    executor.download, executor.step = watched_download, watched_step
+    executor.download, executor.step, executor.replays = watched_download, watched_step, None
     rows, sizes, fewer = {}, {}, 0
     for report in engine.rounds(engine.start()):
         for number, mask, steps in trail:

@@ -1,0 +1,182 @@
+"""Functions of tensors run again from what they did, and are refused where that would not be the same."""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import batch_norm, conv2d, cross_entropy, linear, max_pool2d
+
+from fedsparse.core import rng
+from fedsparse.core.recording import operation, record
+from fedsparse.core.selection import kth_largest
+
+
+class Made(NamedTuple):
+    params: dict
+    loss: torch.Tensor
+
+
+def batch(seed, size=6):
+    made = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(size, 3, 8, 8, generator=made),
+        "y": torch.randint(0, 5, (size,), generator=made),
+        "conv": torch.randn(4, 3, 3, 3, generator=made),
+        "fc": torch.randn(5, 36, generator=made),
+    }
+
+
+def trained(given, rate=0.1):
+    """A step of SGD of a convolution and a linear layer, by autograd."""
+    leaves = {name: given[name].detach().requires_grad_() for name in ("conv", "fc")}
+    hidden = max_pool2d(conv2d(given["x"], leaves["conv"]).relu(), 2).flatten(1)
+    loss = cross_entropy(linear(hidden, leaves["fc"]), given["y"])
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    moved = torch._foreach_add([given[name] for name in leaves], grads, alpha=-rate)
+    return Made(dict(zip(leaves, moved, strict=True)), loss.detach())
+
+
+def assert_equal(one, other):
+    assert one.params.keys() == other.params.keys()
+    assert all(torch.equal(one.params[name], other.params[name]) for name in one.params)
+    assert torch.equal(one.loss, other.loss)
+
+
+def test_a_training_step_is_the_same_to_the_bit_of_other_values_and_another_rate():
+    calls = []
+
+    def step(given):
+        calls.append(1)
+        return trained(given)
+
+    made, again, refused = record(step, batch(0), 0.1)
+    assert not refused
+    assert_equal(made, trained(batch(0)))
+    for seed in (0, 1, 2):
+        assert_equal(again(batch(seed), 0.1), trained(batch(seed)))
+        assert_equal(again(batch(seed), 0.03), trained(batch(seed), 0.03))
+    assert calls == [1]
+    assert type(again(batch(0), 0.1)) is Made
+
+
+def test_the_order_in_which_tensors_are_given_does_not_count():
+    _, again, _ = record(trained, batch(0), 0.1)
+    assert_equal(again(dict(reversed(batch(1).items())), 0.1), trained(batch(1)))
+
+
+def test_what_writes_in_place_is_kept():
+    """Running statistics of a batch normalisation, and the result of `out=`."""
+
+    def moved(given):
+        mean, var = given["mean"].clone(), torch.ones(3)
+        outputs = batch_norm(given["x"], mean, var, training=True)
+        total = torch.zeros(())
+        torch.add(outputs.sum(), 1.0, out=total)
+        return {"mean": mean.mul_(2), "var": var, "total": total}
+
+    def inputs(seed):
+        return {"x": batch(seed)["x"], "mean": torch.full((3,), float(seed))}
+
+    _, again, refused = record(moved, inputs(0), 0.1)
+    assert not refused
+    found, expected = again(inputs(1), 0.1), moved(inputs(1))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not torch.equal(expected["mean"], moved(inputs(0))["mean"])
+
+
+def test_stacked_functions_are_recorded_too():
+    stacked = torch.func.vmap(lambda given: {"g": torch.func.grad(loss)(given["fc"], given["x"])})
+
+    def loss(weight, inputs):
+        return (linear(inputs.flatten(), weight.repeat(1, 16)[:, :192]) ** 2).sum()
+
+    def inputs(seed):
+        return {"fc": torch.stack([batch(seed)["fc"]] * 2), "x": batch(seed, 2)["x"]}
+
+    _, again, refused = record(stacked, inputs(0), 0.1)
+    assert not refused
+    assert torch.equal(again(inputs(1), 0.1)["g"], stacked(inputs(1))["g"])
+
+
+def test_an_operation_is_called_whole_each_time():
+    calls = []
+
+    @operation
+    def larger(values, bound):
+        calls.append(bound)
+        return values if values.max().item() > bound else torch.from_numpy(values.numpy() * 2)
+
+    def function(given):
+        return {"sum": larger(given["x"], 3.0).sum() + kth_largest(given["x"], 2)}
+
+    made, again, refused = record(function, {"x": torch.tensor([1.0, 2.0])}, 0.1)
+    assert not refused
+    assert made["sum"] == 6 + 1
+    assert again({"x": torch.tensor([1.0, 4.0])}, 0.1)["sum"] == 5 + 1
+    assert again({"x": torch.tensor([0.0, 1.0])}, 0.1)["sum"] == 2 + 0
+    assert calls == [3.0] * 3
+
+
+def test_an_operation_may_return_what_it_was_given():
+    """As a threshold that is held once it is set: the recording must ask again."""
+
+    @operation
+    def held(threshold, fresh):
+        return threshold if threshold.item() >= 0 else fresh
+
+    def function(given):
+        return {"t": held(given["t"], given["fresh"]) * 2}
+
+    one, other = torch.tensor(3.0), torch.tensor(5.0)
+    _, again, _ = record(function, {"t": one, "fresh": other}, 0.1)
+    assert again({"t": -one, "fresh": other}, 0.1)["t"] == 10
+
+
+def test_keyed_streams_draw_as_they_do():
+    def function(given):
+        return {"u": rng.uniform(rng.fold(given["key"], 1), (3, 2))}
+
+    _, again, refused = record(function, {"key": rng.key(0)}, 0.1)
+    assert not refused
+    assert torch.equal(again({"key": rng.key(7)}, 0.1)["u"], function({"key": rng.key(7)})["u"])
+
+
+OUTSIDE = torch.ones(6)
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda x: x * x.sum().item(), "looks at values"),
+        (lambda x: x if x.sum() > 0 else -x, "looks at values"),
+        (lambda x: x * float(x.numpy().sum()), "by numpy"),
+        (lambda x: x * float(np.asarray(x).sum()), "by __array__"),
+        (lambda x: x * x.tolist()[0], "by tolist"),
+        (lambda x: x + torch.from_numpy(x.detach().numpy()), "by numpy"),
+        (lambda x: x[x > 0].sum(), "shapes from values"),
+        (lambda x: x * torch.rand(6), "draws without a key"),
+        (lambda x: nn.functional.dropout(x), "draws without a key"),
+        (lambda x: x + OUTSIDE, "a tensor .6,. that it was not given"),
+        (lambda x: x.sum().item(), "."),
+    ],
+)
+def test_what_depends_on_more_than_shapes_is_refused(function, why):
+    state = torch.get_rng_state()
+    given = {"x": torch.arange(6.0)}
+    made, again, refused = record(lambda g: {"y": function(g["x"])}, given, 0.1)
+    assert again is None
+    assert re.search(why, refused)
+    torch.set_rng_state(state)
+    assert np.array_equal(np.asarray(made["y"]), np.asarray(function(given["x"])))
+
+
+def test_what_a_function_raises_comes_through_and_ends_the_recording():
+    def broken(given):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        record(broken, batch(0), 0.1)
+    assert not record(trained, batch(0), 0.1).refused
