@@ -119,7 +119,7 @@ class LocalStep:
     ) -> Stepped:
         """For every minibatch: the hot hook, a function of its arguments alone.
 
-        Executors stack it, capture it, and run it again from a recording of its operations.
+        Executors stack it, capture it, and run its operations again from a recording, without calling it.
         `loss.value_and_grad(params, carry, batch)` gives loss, gradients and the carry with new buffers.
         `trainable` (mask & ~frozen) lists only tensors that have an entry which must not move; those
         entries must come back bit-identical. `anchor` is what the client downloaded. `core.optim.sgd` does

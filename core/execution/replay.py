@@ -1,12 +1,12 @@
 """Local steps that keep coming in the same form run again from a recording, the same to the bit.
 
-On a CPU, Python and autograd around a step's operations take 10 % of a small network's training.
+On a CPU, Python and autograd around its operations take a tenth of a small network's step.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,24 +19,24 @@ from ..state import Stepped
 from .step import Given, Step
 
 OFTEN = 16  # minibatches of a form before it is recorded, which takes as long as some ten steps
-MOST = 8  # forms that are; short minibatches have many, and each comes rarely
+MOST = 8  # forms of minibatches that are; short ones have many, and each comes rarely
+RECORDINGS = 32  # of all forms of minibatch, model and masks
 
 
 @dataclass
 class Recording:
     """A step of one form again."""
 
-    again: Callable[[Given, float], Stepped]
-    """the step, with a rate"""
+    again: Step
     next: Hashable
     """the form of model, masks and keys with which the following step comes"""
-    rate: float | None = None
-    """the one with which it made the same as a step did, of other values than it was made with"""
+    trusted: bool = False
+    """whether it made the same as a step did, of other values than it was made with"""
 
 
 @dataclass
 class Replays:
-    """The recordings of a local step with the numbers that it reads now, but for the rate (momentum, …)."""
+    """The recordings of a local step with the numbers that it reads now (rate, momentum, …)."""
 
     numbers: Any = None
     since: int = -1
@@ -47,21 +47,29 @@ class Replays:
     refused: str = ""
     """why the step cannot be recorded, once that was tried"""
 
-    def of(self, step: Step, rate: float, numbers: Any, round_: int) -> Step:
+    def of(self, step: Step, numbers: Any, round_: int) -> Step:
         """The step for the minibatches of an epoch, from recordings where it pays.
 
-        Numbers other than the rate that change with every round are not worth one; so the first round never
-        has any.
+        Numbers that change with every round are not worth one; so the first round never has any.
         """
         if numbers != self.numbers:
             self.numbers, self.since = numbers, round_
-            self.seen.clear()
-            self.often.clear()
-            self.recordings.clear()
-        return step if self.refused or round_ == self.since else _Replaying(step, rate, self)
+            self.clear()
+        return step if self.refused or round_ == self.since else _Replaying(step, self)
 
-    def pays(self, batch: Hashable) -> bool:
-        """Whether to record, by how many minibatches of this form there were."""
+    def clear(self) -> None:
+        """Forgets all recordings."""
+        self.seen.clear()
+        self.often.clear()
+        self.recordings.clear()
+
+    def refuse(self, why: str) -> None:
+        """From now on the step runs as it is."""
+        self.refused = why
+        self.clear()
+
+    def count(self, batch: Hashable) -> bool:
+        """Counts a minibatch of this form; whether there were so many that a recording pays."""
         self.seen[batch] += 1
         if self.seen[batch] > OFTEN and len(self.often) < MOST:
             self.often.add(batch)
@@ -71,67 +79,87 @@ class Replays:
 class _Replaying:
     """A step that is recorded when it comes, checked when it comes again, and then run from the recording.
 
-    It is checked again for another rate, and taken as it is if that does not show as it should.
+    What trains is a plain step's result until then.
     """
 
-    def __init__(self, step: Step, rate: float, replays: Replays) -> None:
-        self.step, self.rate, self.replays = step, rate, replays
+    def __init__(self, step: Step, replays: Replays) -> None:
+        self.step, self.replays = step, replays
         self.unmoved: tuple[object, ...] = ()
         """what the next step is given if it follows the last one, whose recording knows its form"""
         self.next: Hashable = None
 
     def __call__(self, given: Given) -> Stepped:
-        batch = _forms(given.batch)
-        if not self.replays.pays(batch):
-            self.unmoved = ()
+        batch, unmoved, self.unmoved = _forms(given.batch), self.unmoved, ()
+        if not self.replays.count(batch):
             return self.step(given)
-        model = self.following(given)
-        recording = self.replays.recordings.get((model, batch))
+        form = (self.following(given, unmoved), batch)
+        recording = self.replays.recordings.get(form)
         if recording is None:
-            made = self.recorded(given, (model, batch))
-        elif recording.rate == self.rate:
-            made = recording.again(given, self.rate)
-        else:
-            made = self.checked(given, recording)
-        self.unmoved = ()
-        if recording is not None:
-            self.unmoved = (made.params, made.carry, given.mask, given.trainable, given.anchor)
-            self.next = recording.next
+            return self.recorded(given, form)
+        made = self.again(given, recording) if recording.trusted else self.checked(given, recording)
+        self.unmoved = (made.params, made.carry, given.mask, given.trainable, given.anchor)
+        self.next = recording.next
         return made
 
-    def following(self, given: Given) -> Hashable:
+    def following(self, given: Given, unmoved: tuple[object, ...]) -> Hashable:
         """The form of model, masks and keys; known without a look where the last step made the model."""
         now = (given.params, given.carry, given.mask, given.trainable, given.anchor)
-        if self.unmoved and all(one is other for one, other in zip(now, self.unmoved, strict=True)):
+        # nobody writes into these dicts
+        if unmoved and all(one is other for one, other in zip(now, unmoved, strict=True)):
             return self.next
         return _form(given)
 
-    def recorded(self, given: Given, form: Hashable) -> Stepped:
-        """Takes a step and records it."""
-        made: Stepped
+    def again(self, given: Given, recording: Recording) -> Stepped:
+        """A step from its recording."""
         try:
-            made, again, self.replays.refused = record(self.step, given, self.rate)
-        except Exception as error:  # what the step itself raises, it raises again
-            self.replays.refused = f"{type(error).__name__}: {error}"
-            made, again = self.step(given), None
-        if again is not None:
+            return recording.again(given)
+        except Exception:  # the step says better what is wrong
+            return self.step(given)
+
+    def recorded(self, given: Given, form: Hashable) -> Stepped:
+        """Takes a step, and another one to record it."""
+        made = self.pure(given)
+        if self.replays.refused or len(self.replays.recordings) == RECORDINGS:
+            return made
+        try:
+            with torch.random.fork_rng([]):
+                twin, again, refused = record(self.step, given)
+        except Exception as error:
+            refused, again, twin = f"{type(error).__name__}: {error}", None, made
+        if again is None:
+            self.replays.refuse(refused)
+        elif not _same(made, twin):  # an operation that takes another way while it is recorded
+            self.replays.refuse("its recording made something else")
+        else:
             following = _form(given._replace(params=made.params, carry=made.carry))
             self.replays.recordings[form] = Recording(again, following)
         return made
 
     def checked(self, given: Given, recording: Recording) -> Stepped:
         """Takes a step, and looks whether its recording does the same."""
+        made = self.pure(given)
+        if not self.replays.refused:
+            recording.trusted = _same(made, self.again(given, recording))
+        if not recording.trusted:
+            self.replays.refuse(self.replays.refused or "its recording made something else")
+        return made
+
+    def pure(self, given: Given) -> Stepped:
+        """A step, and whether it may be taken twice."""
+        leaves = pytree.tree_leaves(given)
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            self.replays.refuse("it is given more than tensors")
+            return self.step(given)
+        before = [leaf._version for leaf in leaves]
         made = self.step(given)
-        if _same(made, recording.again(given, self.rate)):
-            recording.rate = self.rate
-        else:
-            self.replays.refused = "its recording made something else"
+        if [leaf._version for leaf in leaves] != before:
+            self.replays.refuse("it writes into a tensor that it was given")
         return made
 
 
 def _forms(tensors: Iterable[Tensor]) -> Hashable:
     """Shapes, strides and types."""
-    return tuple((t.shape, t.stride(), t.dtype) for t in tensors)
+    return tuple((t.shape, t.stride(), t.dtype) for t in tensors if isinstance(t, Tensor))
 
 
 def _form(given: Given) -> Hashable:

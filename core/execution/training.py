@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -130,8 +129,7 @@ class Executor(ABC):
         if self.replays is None:
             return step
         numbers = self.settings(plan, clock).taken(self.hooks.found["local_step"])
-        rate = numbers.pop("lr", math.inf)
-        return self.replays.of(step, rate, (numbers, stacked), plan.clock.round)
+        return self.replays.of(step, (numbers, stacked), plan.clock.round)
 
     def settings(self, plan: Plan, clock: Clock) -> Settings:
         """The numbers that a step reads."""

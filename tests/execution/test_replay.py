@@ -6,9 +6,11 @@ import itertools
 import pytest
 import torch
 
+from fedsparse.core.compose import PluginError
 from fedsparse.core.execution import replay
 from fedsparse.core.hookspecs import hookimpl
 from fedsparse.core.registry import Registry
+from fedsparse.core.state import Stepped
 from fedsparse.plugins.fedavg import MaskedSgd
 
 SHORT = {"federation__rounds": 3, "federation__local_epochs": 2}
@@ -39,13 +41,14 @@ def assert_replayed(make_engine, plugin="fedavg", **changes):
 
 
 def trusted(executor):
-    return [recording.rate for recording in executor.replays.recordings.values() if recording.rate]
+    return [recording for recording in executor.replays.recordings.values() if recording.trusted]
 
 
 @pytest.mark.parametrize("kind", ["sequential", "vectorised"])
 @pytest.mark.parametrize("plugin", Registry().names())
 def test_every_method_is_the_same_to_the_bit(make_engine, plugin, kind):
     changes = {"method__readjust__period": 1} if plugin in ("feddst", "pffdst") else {}
+    changes |= {"federation__learning_rate_schedule": "constant"}
     executor = assert_replayed(make_engine, plugin, execution__executor=kind, execution__chunk=2, **changes)
     assert not executor.replays.refused
     assert trusted(executor) or plugin in NEVER
@@ -68,15 +71,8 @@ IMAGES = {
 )
 def test_convolutions_pooling_and_dropout(make_engine, plugin, model):
     changes = IMAGES | {"task__model__use": model, "federation__learning_rate": 1e-3}
+    changes |= {"federation__learning_rate_schedule": "constant"}
     assert trusted(assert_replayed(make_engine, plugin, **changes))
-
-
-@pytest.mark.parametrize("schedule", ["constant", "exponential"])
-def test_a_rate_that_changes_every_round_is_taken_from_outside(make_engine, schedule):
-    changes = {"federation__learning_rate_schedule": schedule, "federation__learning_rate_final": 0.01}
-    executor = assert_replayed(make_engine, **(changes if schedule != "constant" else {}))
-    assert executor.replays.since == 0  # the recordings of the second round are in use to the end
-    assert len(set(trusted(executor))) == 1
 
 
 def stepping(engine, part):
@@ -85,13 +81,37 @@ def stepping(engine, part):
     return engine
 
 
-class Counting(MaskedSgd):
-    """A step that is no function of its arguments: every call moves less."""
+def of_both(make_engine, part, **changes):
+    """The models that FedAvg with that local step ends with, without recordings and with; and its replays."""
+    engines = [
+        stepping(make_engine("fedavg", execution__replay=on, **{**SHORT, **changes}), part())
+        for on in (False, True)
+    ]
+    return *(last(engine).state.params for engine in engines), engines[1].executor.replays
+
+
+def assert_equal(one, other):
+    assert all(torch.equal(one[name], value) for name, value in other.items())
+
+
+class Limited(MaskedSgd):
+    """A step that uses another number than the rate, made from it, and only where weights are large."""
 
     @hookimpl
     def local_step(self, loss, params, carry, batch, trainable, lr, momentum, weight_decay):
-        lr = lr / next(COUNT)
-        return super().local_step(loss, params, carry, batch, trainable, lr, momentum, weight_decay)
+        made = super().local_step(loss, params, carry, batch, trainable, lr, momentum, weight_decay)
+        return made._replace(params={name: p.clamp(-20 * lr, 20 * lr) for name, p in made.params.items()})
+
+
+def test_a_rate_that_changes_every_round_is_not_recorded(make_engine):
+    changes = {"federation__learning_rate_schedule": "exponential", "federation__learning_rate_final": 0.01}
+    one, other, replays = of_both(make_engine, Limited, **changes)
+    assert_equal(one, other)
+    assert not replays.recordings
+    assert replays.since == SHORT["federation__rounds"] - 1
+    one, other, replays = of_both(make_engine, Limited)
+    assert_equal(one, other)
+    assert replays.recordings
 
 
 class Looking(MaskedSgd):
@@ -103,37 +123,66 @@ class Looking(MaskedSgd):
         return made if made.metrics["loss"].item() > 1 else made._replace(params=params)
 
 
-class Squared(MaskedSgd):
-    """A step that uses the square of the rate, which a recording takes for a number of its own."""
+class Writing(MaskedSgd):
+    """A step that moves its momentum in place."""
 
     @hookimpl
     def local_step(self, loss, params, carry, batch, trainable, lr, momentum, weight_decay):
-        return super().local_step(loss, params, carry, batch, trainable, lr**2, momentum, weight_decay)
+        value, grads, carry = loss.value_and_grad(params, carry, batch)
+        velocity = {n: v.mul_(momentum).add_(grads[n]) for n, v in carry.state["momentum"].items()}
+        moved = {name: p - lr * velocity[name] * trainable.get(name, 1) for name, p in params.items()}
+        return Stepped(moved, carry, {"loss": value})
 
 
-COUNT = itertools.count(1)
+class Multiplying(MaskedSgd):
+    """A step with an operation whose backward pass is another one while it is recorded, in its last bits."""
+
+    @hookimpl
+    def local_step(self, loss, params, carry, batch, trainable, lr, momentum, weight_decay):
+        made = super().local_step(loss, params, carry, batch, trainable, lr, momentum, weight_decay)
+        leaf = made.params["fc1.weight"].detach().requires_grad_()
+        with torch.enable_grad():
+            (pull,) = torch.autograd.grad((1 + leaf).prod(), leaf)
+        moved = made.params | {"fc1.weight": made.params["fc1.weight"] - 1e-3 * pull}
+        return made._replace(params={n: p * trainable.get(n, 1) for n, p in moved.items()})
+
+
+class Drawing(MaskedSgd):
+    """A step that draws from PyTorch's generator."""
+
+    @hookimpl
+    def local_step(self, loss, params, carry, batch, trainable, lr, momentum, weight_decay):
+        lr = lr * torch.rand(())
+        return super().local_step(loss, params, carry, batch, trainable, lr, momentum, weight_decay)
 
 
 @pytest.mark.parametrize(
-    ("part", "changes", "why"),
+    ("part", "why"),
     [
-        (Counting, {}, "made something else"),
-        (Looking, {}, "looks at values"),
-        (
-            Squared,
-            {"federation__learning_rate_schedule": "exponential", "federation__learning_rate_final": 0.01},
-            "made something else",
-        ),
+        (Looking, "looks at values"),
+        (Writing, "writes into a tensor that it was given"),
+        (Multiplying, "made something else"),
+        (Drawing, "draws without a key"),
     ],
 )
-def test_other_steps_run_as_they_are(make_engine, monkeypatch, part, changes, why):
-    found = []
-    for on in (False, True):
-        monkeypatch.setitem(globals(), "COUNT", itertools.count(1))
-        engine = stepping(make_engine("fedavg", execution__replay=on, **{**SHORT, **changes}), part())
-        found.append(last(engine).state.params)
-    assert why in engine.executor.replays.refused
-    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+def test_other_steps_run_as_they_are(make_engine, part, why):
+    one, other, replays = of_both(make_engine, part)
+    assert why in replays.refused
+    assert_equal(one, other)
+
+
+def test_a_step_that_is_no_function_of_its_arguments_is_noticed(make_engine):
+    calls = itertools.count(1)
+
+    class Counting(MaskedSgd):
+        @hookimpl
+        def local_step(self, loss, params, carry, batch, trainable, lr, momentum, weight_decay):
+            lr = lr / next(calls)
+            return super().local_step(loss, params, carry, batch, trainable, lr, momentum, weight_decay)
+
+    *_, replays = of_both(make_engine, Counting)
+    assert replays.refused == "its recording made something else"
+    assert not replays.recordings
 
 
 def test_forms_are_recorded_where_they_are_frequent(make_engine, monkeypatch):
@@ -144,25 +193,24 @@ def test_forms_are_recorded_where_they_are_frequent(make_engine, monkeypatch):
     assert {shape[0] for batch in executor.replays.often for shape, *_ in batch} == {16}
 
 
+def test_there_are_so_many_recordings_and_no_more(make_engine, monkeypatch):
+    """Parameters that freeze and thaw make new forms all the time."""
+    monkeypatch.setattr(replay, "RECORDINGS", 1)
+    assert len(assert_replayed(make_engine, federation__rounds=4).replays.recordings) == 1
+
+
 def test_the_first_round_has_none_and_other_numbers_begin_anew(make_engine):
+    replays, step = replay.Replays(), make_engine("fedavg").executor.step
+    assert replays.of(step, {"momentum": 0.9}, 0) is step
+    assert replays.of(step, {"momentum": 0.9}, 1) is not step
+    assert replays.of(step, {"momentum": 0.8}, 2) is step
+
+
+def test_what_fails_in_a_recording_is_said_by_the_step(make_engine):
+    """A target that is no class."""
     engine = make_engine("fedavg", **SHORT)
-    replays, step = replay.Replays(), engine.executor.step
-    assert replays.of(step, 0.1, {"momentum": 0.9}, 0) is step
-    again = replays.of(step, 0.1, {"momentum": 0.9}, 1)
-    assert again is not step
-    assert replays.of(step, 0.1, {"momentum": 0.8}, 2) is step
-    assert not replays.recordings
-
-
-def test_a_step_that_raises_while_it_is_recorded_raises_as_it_does(make_engine):
-    class Raising(MaskedSgd):
-        @hookimpl
-        def local_step(self, loss, params, carry, batch, trainable, lr, momentum, weight_decay):
-            if next(calls) > 20:
-                raise ValueError("after twenty")
-            return super().local_step(loss, params, carry, batch, trainable, lr, momentum, weight_decay)
-
-    calls = itertools.count()
-    engine = stepping(make_engine("fedavg", **SHORT), Raising())
-    with pytest.raises(Exception, match="after twenty"):
-        last(engine)
+    report = last(engine)
+    assert trusted(engine.executor)
+    engine.task.dataset.train_targets.fill_(99)
+    with pytest.raises(PluginError, match=r"local_step.*round 3, client .*out of bounds"):
+        engine.play(report.state)
