@@ -86,21 +86,6 @@ def test_what_writes_in_place_is_kept():
     assert not torch.equal(expected["mean"], moved(inputs(0))["mean"])
 
 
-def test_stacked_functions_are_recorded_too():
-    stacked = torch.func.vmap(lambda given: {"g": torch.func.grad(loss)(given["fc"], given["x"], given["y"])})
-
-    def loss(weight, inputs, target):
-        return cross_entropy(linear(inputs.flatten()[None, :36], weight), target[None])
-
-    def inputs(seed):
-        given = batch(seed, 2)
-        return {"fc": torch.stack([given["fc"]] * 2), "x": given["x"], "y": given["y"]}
-
-    _, again, refused = record(stacked, inputs(0))
-    assert not refused
-    assert torch.equal(again(inputs(1))["g"], stacked(inputs(1))["g"])
-
-
 def test_an_operation_is_called_whole_each_time():
     calls = []
 
