@@ -50,8 +50,17 @@ def steady(plugin, rate):
     return {"federation__learning_rate": rate} | falls
 
 
-@pytest.mark.parametrize("kind", ["sequential", "vectorised"])
-@pytest.mark.parametrize("plugin", Registry().names())
+STACKED = ("fedavg", "feddst", "pffdst", "scaffold", "sparsyfed")  # others take as long and show less
+
+
+@pytest.mark.parametrize(
+    ("plugin", "kind"),
+    [(name, "sequential") for name in Registry().names()]
+    + [
+        pytest.param(name, "vectorised", marks=() if name in STACKED else pytest.mark.slow)
+        for name in Registry().names()
+    ],
+)
 def test_every_method_is_the_same_to_the_bit(make_engine, plugin, kind):
     changes = {"method__readjust__period": 1} if plugin in ("feddst", "pffdst") else {}
     changes |= steady(plugin, 0.05)
@@ -77,6 +86,7 @@ IMAGES = {
 )
 def test_convolutions_pooling_and_dropout(make_engine, plugin, model):
     changes = IMAGES | {"task__model__use": model} | steady(plugin, 1e-3)
+    changes |= {"federation__clients_per_round": 1, "federation__rounds": 4}
     assert trusted(assert_replayed(make_engine, plugin, **changes))
 
 
