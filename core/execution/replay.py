@@ -6,20 +6,21 @@ On a CPU, Python and autograd around its operations take a tenth of a small netw
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..recording import record
+from ..recording import Script, record
 from ..state import Stepped
 from .step import Given, Step
 
 OFTEN = 16  # minibatches of a form before it is recorded, which takes as long as some ten steps
-MOST = 8  # forms of minibatches that are; short ones have many, and each comes rarely
+PAYS = 24  # minibatches of a form in a round that pay for reading its numbers anew, which takes two steps
+MOST = 8  # forms of minibatches that are recorded; short ones have many, and each comes rarely
 RECORDINGS = 32  # of all forms of minibatch, model and masks
 
 
@@ -27,35 +28,56 @@ RECORDINGS = 32  # of all forms of minibatch, model and masks
 class Recording:
     """A step of one form again."""
 
-    again: Step
+    again: Script
     next: Hashable
     """the form of model, masks and keys with which the following step comes"""
+    numbers: dict[Hashable, list[float]]
+    """those of its operations, by the settings that they come from"""
     trusted: bool = False
     """whether it made the same as a step did, of other values than it was made with"""
 
 
 @dataclass
 class Replays:
-    """The recordings of a local step with the numbers that it reads now (rate, momentum, …)."""
+    """The recordings of a local step."""
 
-    numbers: Any = None
-    since: int = -1
+    round: int = -1
+    first: bool = True
     seen: Counter[Hashable] = field(default_factory=Counter)
     """minibatches by their form"""
+    now: Counter[Hashable] = field(default_factory=Counter)
+    """those of this round"""
+    usual: dict[Hashable, float] = field(default_factory=dict)
+    """those of the round before, for each of its settings"""
+    settings: set[Hashable] = field(default_factory=set)
+    """of this round"""
     often: set[Hashable] = field(default_factory=set)
     recordings: dict[Hashable, Recording] = field(default_factory=dict)
     refused: str = ""
     """why the step cannot be recorded, once that was tried"""
 
-    def of(self, step: Step, numbers: Any, round_: int) -> Step:
-        """The step for the minibatches of an epoch, from recordings where it pays.
+    def of(self, step: Step, numbers: Mapping[str, Any], round_: int, stacked: bool = False) -> Step:
+        """The step for the minibatches of an epoch, from recordings where it pays: never in the first round.
 
-        Numbers that change with every round are not worth one; so the first round never has any.
+        `numbers` are what the step reads besides tensors, such as its rate. They may change.
         """
-        if numbers != self.numbers:
-            self.numbers, self.since = numbers, round_
-            self.clear()
-        return step if self.refused or round_ == self.since else _Replaying(step, self)
+        if self.refused:
+            return step
+        if round_ != self.round:
+            self.begin(round_)
+        settings = tuple(numbers.items())
+        self.settings.add(settings)
+        return step if self.first else _Replaying(step, self, settings, stacked)
+
+    def begin(self, round_: int) -> None:
+        """Counts anew; forgets numbers that the last round did not use."""
+        self.first = self.round == -1
+        self.round = round_
+        self.usual = {form: count / len(self.settings) for form, count in self.now.items()}
+        for recording in self.recordings.values():
+            recording.numbers = {at: n for at, n in recording.numbers.items() if at in self.settings}
+        self.now.clear()
+        self.settings.clear()
 
     def clear(self) -> None:
         """Forgets all recordings."""
@@ -70,6 +92,7 @@ class Replays:
 
     def count(self, batch: Hashable) -> bool:
         """Counts a minibatch of this form; whether there were so many that a recording pays."""
+        self.now[batch] += 1
         self.seen[batch] += 1
         if self.seen[batch] > OFTEN and len(self.often) < MOST:
             self.often.add(batch)
@@ -82,8 +105,8 @@ class _Replaying:
     What trains is a plain step's result until then.
     """
 
-    def __init__(self, step: Step, replays: Replays) -> None:
-        self.step, self.replays = step, replays
+    def __init__(self, step: Step, replays: Replays, settings: Hashable, stacked: bool) -> None:
+        self.step, self.replays, self.settings, self.stacked = step, replays, settings, stacked
         self.unmoved: tuple[object, ...] = ()
         """what the next step is given if it follows the last one, whose recording knows its form"""
         self.next: Hashable = None
@@ -92,10 +115,14 @@ class _Replaying:
         batch, unmoved, self.unmoved = _forms(given.batch), self.unmoved, ()
         if not self.replays.count(batch):
             return self.step(given)
-        form = (self.following(given, unmoved), batch)
+        form = (self.stacked, self.following(given, unmoved), batch)
         recording = self.replays.recordings.get(form)
         if recording is None:
             return self.recorded(given, form)
+        if self.settings not in recording.numbers:
+            if self.replays.usual.get(batch, 0) < PAYS:
+                return self.step(given)
+            return self.read(given, recording)
         made = self.again(given, recording) if recording.trusted else self.checked(given, recording)
         self.unmoved = (made.params, made.carry, given.mask, given.trainable, given.anchor)
         self.next = recording.next
@@ -112,7 +139,7 @@ class _Replaying:
     def again(self, given: Given, recording: Recording) -> Stepped:
         """A step from its recording."""
         try:
-            return recording.again(given)
+            return cast(Stepped, recording.again(given, recording.numbers[self.settings]))
         except Exception:  # the step says better what is wrong
             return self.step(given)
 
@@ -121,19 +148,34 @@ class _Replaying:
         made = self.pure(given)
         if self.replays.refused or len(self.replays.recordings) == RECORDINGS:
             return made
+        again: Script | None = None
+        twin = made
         try:
             with torch.random.fork_rng([]):
-                twin, again, refused = record(self.step, given)
+                twin, again, refused = record(self.step, _apart(given))
         except Exception as error:
-            refused, again, twin = f"{type(error).__name__}: {error}", None, made
+            refused = f"{type(error).__name__}: {error}"
         if again is None:
             self.replays.refuse(refused)
         elif not _same(made, twin):  # an operation that takes another way while it is recorded
             self.replays.refuse("its recording made something else")
         else:
             following = _form(given._replace(params=made.params, carry=made.carry))
-            self.replays.recordings[form] = Recording(again, following)
+            numbers = {self.settings: again.numbers}
+            self.replays.recordings[form] = Recording(again, following, numbers)
         return made
+
+    def read(self, given: Given, recording: Recording) -> Stepped:
+        """Takes a step with new settings, for the numbers of its operations; a recording must do the same."""
+        made, numbers = recording.again.read(self.step, given)
+        if numbers is None:
+            self.replays.refuse("its operations change with its numbers")
+            return cast(Stepped, made)
+        recording.numbers[self.settings] = numbers
+        recording.trusted = _same(made, self.again(given, recording))
+        if not recording.trusted:
+            self.replays.refuse("its recording made something else of other numbers")
+        return cast(Stepped, made)
 
     def checked(self, given: Given, recording: Recording) -> Stepped:
         """Takes a step, and looks whether its recording does the same."""
@@ -163,10 +205,21 @@ def _forms(tensors: Iterable[Tensor]) -> Hashable:
 
 
 def _form(given: Given) -> Hashable:
-    """Names, shapes, strides and types of all but the minibatch, and which of them are one tensor."""
+    """Names, shapes, strides and types of all but the minibatch."""
     leaves, structure = pytree.tree_flatten((*given[:2], *given[3:]))
-    places = {id(tensor): place for place, tensor in enumerate(leaves)}
-    return structure, _forms(leaves), tuple(places[id(tensor)] for tensor in leaves)
+    return structure, _forms(leaves)
+
+
+def _apart(given: Given) -> Given:
+    """The same, no tensor twice: what is recorded of it holds for any, also where two are one again."""
+    met = set[int]()
+
+    def own(tensor: Tensor) -> Tensor:
+        twice = id(tensor) in met
+        met.add(id(tensor))
+        return tensor.detach() if twice else tensor
+
+    return cast(Given, pytree.tree_map(own, given))
 
 
 def _same(one: Stepped, other: Stepped) -> bool:

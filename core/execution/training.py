@@ -129,7 +129,7 @@ class Executor(ABC):
         if self.replays is None:
             return step
         numbers = self.settings(plan, clock).taken(self.hooks.found["local_step"])
-        return self.replays.of(step, (numbers, stacked), plan.clock.round)
+        return self.replays.of(step, numbers, plan.clock.round, stacked)
 
     def settings(self, plan: Plan, clock: Clock) -> Settings:
         """The numbers that a step reads."""

@@ -202,7 +202,7 @@ def test_what_a_function_raises_comes_through_and_ends_the_recording():
     numpy = torch.Tensor.numpy
     with pytest.raises(ValueError, match="no"):
         record(broken, batch(0))
-    assert recording._here.recorder is None
+    assert recording._here.reader is None
     assert torch.Tensor.numpy is numpy
 
 
