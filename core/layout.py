@@ -24,6 +24,12 @@ class Layout(NamedTuple):
             return tensor.contiguous().as_strided(tensor.shape, (height * width, 1, width, 1))
         return tensor.contiguous(memory_format=torch.channels_last)
 
+    def stacked(self, images: Tensor) -> Tensor:
+        """Images of stacked clients (clients, b, c, h, w): under vmap these are channels of convolutions."""
+        if not self.channels_last or images.dim() != 5:
+            return images
+        return images.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2)
+
     def params(self, params: Params) -> Params:
         """All tensors in this layout."""
         return {name: self.arrange(p) for name, p in params.items()}

@@ -1,4 +1,4 @@
-"""Powers of magnitudes, on host memory by numpy where that takes a third of torch's time."""
+"""Powered weights, sign(θ)·|θ|^β: on host memory by numpy where that takes a third of torch's time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .functional import is_stacked
 from .recording import operation
 from .selection import readable
+from .state import Params
+
+
+def with_slopes(params: Params, exponents: Params) -> tuple[Params, Params]:
+    """θ·|θ|^(β-1) and its derivative β·|θ|^(β-1) for each θ with an exponent β (0-d, 1 or more).
+
+    Where β is 1 the derivative is 1, at 0 too. A fourth root may differ from torch's in its last bit.
+    """
+    found = _with_slopes([params[name] for name in exponents], list(exponents.values()))
+    weights, slopes = (dict(zip(exponents, each, strict=True)) for each in found)
+    return weights, slopes
 
 
 @operation
-def power(magnitudes: Tensor, exponent: Tensor) -> Tensor:
-    """`magnitudes` (0 or more) to the power of `exponent`, 0-d; a fourth root may differ in its last bit."""
+def _with_slopes(thetas: list[Tensor], exponents: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    both = [_one(theta, exponent) for theta, exponent in zip(thetas, exponents, strict=True)]
+    return [weight for weight, _ in both], [slope for _, slope in both]
+
+
+def _one(theta: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
+    if not readable(theta, exponent) or theta.dtype != torch.float32 or exponent.item() != 1.25:
+        powers = theta.abs().pow(exponent - 1)
+        return theta * powers, powers * exponent
+    values = theta.detach().numpy()
     # torch's square root is several times slower where many entries are 0
-    if readable(magnitudes, exponent) and magnitudes.dtype == torch.float32 and exponent.item() == 0.25:
-        root = np.sqrt(magnitudes.numpy())
-        return torch.from_numpy(np.sqrt(root, out=root))
-    return magnitudes.pow(exponent)
+    root = np.abs(values)
+    np.sqrt(np.sqrt(root, out=root), out=root)
+    weight = values * root
+    return torch.from_numpy(weight), torch.from_numpy(np.multiply(root, np.float32(1.25), out=root))
+
+
+def chained(grads: Params, slopes: Params) -> Params:
+    """Gradients by θ from those by the weights, for those with a slope; writes into `grads`."""
+    if is_stacked(grads):
+        return grads | {name: grads[name] * slope for name, slope in slopes.items()}
+    if slopes:
+        torch._foreach_mul_([grads[name] for name in slopes], list(slopes.values()))
+    return grads

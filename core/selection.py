@@ -34,7 +34,7 @@ def kth_largest(values: Tensor, k: int | Tensor) -> Tensor:
     if is_stacked({"values": flat}) and not torch.compiler.is_compiling():
         ranked: Tensor = _Ranked.apply(flat, k)
         return ranked
-    if _by_numpy(flat):
+    if by_numpy(flat):
         return flat.new_tensor(np.sort(flat.numpy())[flat.numel() - int(k)])
     if isinstance(k, Tensor):
         return _at(flat, k)
@@ -44,7 +44,8 @@ def kth_largest(values: Tensor, k: int | Tensor) -> Tensor:
     return flat.kthvalue(place + 1).values
 
 
-def _by_numpy(values: Tensor) -> bool:
+def by_numpy(values: Tensor) -> bool:
+    """Whether numpy may work on the values."""
     return readable(values) and values.dtype != torch.bfloat16  # which numpy lacks
 
 
@@ -68,7 +69,7 @@ class _Ranked(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, flat: Tensor, k: int | Tensor) -> tuple[Tensor, int]:
         rows = info.batch_size
         flat = flat.movedim(in_dims[0], 0) if in_dims[0] is not None else flat.expand(rows, -1)
-        if _by_numpy(flat):
+        if by_numpy(flat):
             return _by_row(flat, k), 0
         if isinstance(k, Tensor):
             ordered = flat.sort(dim=1, descending=True).values

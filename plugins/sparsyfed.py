@@ -34,7 +34,7 @@ from ..core.ledger import PassDensity
 from ..core.loss import ClientLoss
 from ..core.method import Method
 from ..core.part import Part
-from ..core.powers import power
+from ..core.powers import chained, with_slopes
 from ..core.state import Aggregated, Batch, Carry, Masks, Memory, Params, Stepped, Sums
 from .fedavg import MaskedSgd
 from .topk import FullMask, GlobalTopK, PlainMean
@@ -95,18 +95,17 @@ class PoweredSgd(Part):
         momentum: float,
         weight_decay: float,
     ) -> Stepped:
-        exponents = carry.state["exponent"]  # those of the download, the whole round
-        scales = {name: power(params[name].abs(), beta - 1) for name, beta in exponents.items()}
+        # exponents are those of the download, the whole round
+        powers, slopes = with_slopes(params, carry.state["exponent"])
         if self.spectral:  # where β is 1, 0 to the power of 0 is 1: a weight that is 0 has no gradient
-            scales = {name: scale * params[name].sign().abs() for name, scale in scales.items()}
-        weights = params | {name: params[name] * scale for name, scale in scales.items()}
+            slopes = {name: slope * params[name].sign().abs() for name, slope in slopes.items()}
+        weights = params | powers
         if self.prune_activations:
             pruned = activations.layers(params)
             value, grads, carry = activations.value_and_grad(loss.bare, weights, carry, batch, pruned)
         else:
             value, grads, carry = loss.bare.value_and_grad(weights, carry, batch)
-        # the chain rule, by hand because it needs the same powers
-        grads |= {name: grads[name].mul_(scales[name].mul_(beta)) for name, beta in exponents.items()}
+        grads = chained(grads, slopes)  # the chain rule, by hand because it needs the same powers
         penalty, pull = loss.penalty(params)
         grads |= {name: grads[name] + pulled for name, pulled in pull.items()}
         params, state = optim.sgd(params, grads, carry.state, trainable, lr, momentum, weight_decay)

@@ -66,11 +66,15 @@ class Swat(Part):
         weight_decay: float,
         target: float,
     ) -> Stepped:
+        pruned = self.pruned(params)
+        weights = params | {name: largest(params[name], target) for name in pruned}
         value, grads, carry = activations.value_and_grad(
-            loss, params, carry, batch, self.pruned(params), density=1 - target
+            loss.bare, weights, carry, batch, pruned, density=1 - target
         )
+        penalty, pull = loss.penalty(params)
+        grads |= {name: grads[name] + pulled for name, pulled in pull.items()}
         params, state = optim.sgd(params, grads, carry.state, trainable, lr, momentum, weight_decay)
-        return Stepped(params, Carry(carry.buffers, state), {"loss": value})
+        return Stepped(params, Carry(carry.buffers, state), {"loss": value + penalty})
 
     @hookimpl
     def pass_densities(
@@ -81,10 +85,14 @@ class Swat(Part):
         return {name: PassDensity(used[name], 1 - target) for name in sizes}
 
 
+def largest(weight: Tensor, sparsity: float) -> Tensor:
+    """The largest weights, others 0."""
+    return masks.keep_largest(weight, weight.numel() - share(weight.numel(), sparsity))
+
+
 def straight_through(weight: Tensor, sparsity: float) -> Tensor:
     """The largest weights, others 0; the gradient is that of a dense layer, for all of them."""
-    kept = masks.largest(weight.detach().abs(), weight.numel() - share(weight.numel(), sparsity))
-    return weight - torch.where(kept, 0.0, weight.detach())
+    return weight + (largest(weight.detach(), sparsity) - weight.detach())
 
 
 class UploadTopK(Part):

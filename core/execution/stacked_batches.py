@@ -51,11 +51,11 @@ class StackedBatches:
         short = place >= sizes[:, None]
         first = self.starts[begin:end, None] + index * self.batch_size
         chosen = to_device(np.where(short, first, first + place).reshape(-1), self.samples.targets.device)
-        inputs = self.layout.arrange(taken(self.samples.inputs, chosen))
+        inputs = taken(self.samples.inputs, chosen)
         targets = self.samples.targets.index_select(0, chosen).view(short.shape)
         if short.any():
             targets = torch.where(to_device(short, targets.device), IGNORED, targets)
-        return Batch(inputs.view(*short.shape, *inputs.shape[1:]), targets)
+        return Batch(self.layout.stacked(inputs.unflatten(0, short.shape)), targets)
 
     def one(self, client: int) -> list[Batch]:
         """A client's own minibatches, in the run's layout."""
