@@ -24,7 +24,7 @@ from .ledger import PassDensity
 from .loss import ClientLoss, ModelLoss
 from .recording import operation
 from .schedule import share
-from .selection import kth_largest, readable
+from .selection import by_numpy, kth_largest, readable
 from .state import Batch, Carry, Params
 
 FLOOR = 1e-7  # fraction of the inputs that a layer without weights keeps
@@ -168,8 +168,11 @@ def largest_inputs(
     `held` is the threshold so far, 0-d: below 0 if it is still open; None for a layer that takes a new one
     each time, which also holds None from now on.
     """
-    if readable(inputs, weight) and inputs.dtype != torch.bfloat16:  # which numpy lacks
+    if by_numpy(inputs) and readable(weight):
         return _largest_on_host(inputs, weight, held, density)
+    if inputs.is_cpu and inputs.dtype != torch.bfloat16 and not torch.compiler.is_compiling():
+        kept, moved = _Stacked.apply(inputs, weight, held, density)
+        return kept, None if held is None else moved
     least, held = threshold(inputs, weight, held, density)
     return torch.where(inputs.abs() >= least, inputs, 0.0), held
 
@@ -193,6 +196,55 @@ def _largest_on_host(
     return hardshrink(inputs, float(np.nextafter(kind(least), kind(0)))), held
 
 
+@operation
+def _largest_of_each(
+    inputs: Tensor, weights: Tensor, held: Tensor | None, density: float | None
+) -> tuple[Tensor, Tensor]:
+    """`largest_inputs` of stacked clients by numpy, and the thresholds of all."""
+    values, clients, size = inputs.numpy(), len(inputs), weights[0].numel()
+    magnitudes = np.abs(values)
+    before = np.full(clients, _UNSET, values.dtype) if held is None else held.numpy()
+    least = after = before
+    if (before < 0).any():
+        nonzero = np.count_nonzero((weights.numpy() != 0).reshape(clients, size), axis=1)
+        ordered = np.sort(magnitudes.reshape(clients, -1), axis=1)
+        total = ordered.shape[1]
+        found = ordered[range(clients), total - kept_count(nonzero, total, size, density)]
+        least = np.where(before < 0, found, before)
+        after = np.where((before < 0) & (nonzero == size), before, least)
+    kept = magnitudes >= least.reshape(clients, *[1] * (values.ndim - 1))
+    with np.errstate(invalid="ignore"):  # infinity times 0
+        pruned = np.multiply(values, kept, out=np.empty_like(values))
+    return torch.from_numpy(pruned), torch.from_numpy(after.copy())
+
+
+class _Stacked(torch.autograd.Function):
+    """`largest_inputs` of stacked clients on a CPU; also returns a threshold where none is held."""
+
+    @staticmethod
+    def forward(
+        inputs: Tensor, weight: Tensor, held: Tensor | None, density: float | None
+    ) -> tuple[Tensor, Tensor]:
+        kept, moved = _largest_on_host(inputs, weight, held, density)
+        return kept, inputs.new_full((), _UNSET) if moved is None else moved.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *given: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        inputs, weight, held = (
+            t.movedim(dim, 0) if dim is not None else t if t is None else t.expand(info.batch_size, *t.shape)
+            for t, dim in zip(given[:3], in_dims, strict=False)
+        )
+        return _largest_of_each(inputs, weight, held, given[3]), (0, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return None, None, None, None
+
+
 def threshold(
     inputs: Tensor, weight: Tensor, held: Tensor | None, density: float | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -207,12 +259,12 @@ def threshold(
 
 
 def kept_count(nonzero: Any, total: int, size: int, density: float | None) -> Any:
-    """How many of `total` inputs a layer keeps, by its weights (an int or a 0-d tensor of ints)."""
+    """How many of `total` inputs a layer keeps, by its weights (an int, or ints in an array or a tensor)."""
     floor = math.ceil(FLOOR * total)
     if density is not None:
         return max(total - share(total, 1 - density), floor)
     count = (nonzero * total + size - 1) // size  # ceil(density of the weight · total), in integers
-    return max(count, floor) if isinstance(count, int) else count.clamp_min(floor)
+    return count.clamp_min(floor) if isinstance(count, Tensor) else np.maximum(count, floor)
 
 
 def saving(kept: Tensor, inputs: Tensor, layer: Callable[[], Any]) -> tuple[Any, bool]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from . import rng
@@ -31,35 +30,61 @@ def largest(score: Tensor, count: int) -> Tensor:
     if count >= score.numel():
         return torch.ones_like(score, dtype=torch.bool)
     if by_numpy(score):
-        flat = score.detach().numpy().reshape(-1)
-        return torch.from_numpy(_largest(flat, count)).view(score.shape)
+        return _largest_of_each(score.detach()[None], count)[0]
+    if is_stacked({"score": score}) and score.is_cpu and not torch.compiler.is_compiling():
+        chosen: Tensor = _Stacked.apply(score.detach(), count)
+        return chosen
     flat = score.detach().flatten()
     threshold = kth_largest(flat, count)
     above, tied = flat > threshold, flat == threshold
-    chosen = above | (tied & (tied.cumsum(0) <= count - above.sum()))
-    return chosen.view(score.shape)
+    return (above | (tied & (tied.cumsum(0) <= count - above.sum()))).view(score.shape)
+
+
+@operation
+def _largest_of_each(scores: Tensor, count: int) -> Tensor:
+    """`largest` of each row, by numpy."""
+    rows = scores.numpy().reshape(len(scores), -1)
+    threshold = np.sort(rows, axis=1)[:, -count, None]
+    chosen = rows >= threshold
+    surplus = np.count_nonzero(chosen, axis=1) - count
+    for row in np.flatnonzero(surplus > 0):
+        chosen[row, np.flatnonzero(rows[row] == threshold[row])[-surplus[row] :]] = False
+    return torch.from_numpy(chosen).view(scores.shape)
+
+
+class _Stacked(torch.autograd.Function):
+    """`largest` of stacked clients on a CPU."""
+
+    @staticmethod
+    def forward(score: Tensor, count: int) -> Tensor:
+        return largest(score, count)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, score: Tensor, count: int) -> tuple[Tensor, int]:
+        score = score.movedim(in_dims[0], 0)
+        if by_numpy(score):
+            return _largest_of_each(score, count), 0
+        return torch.stack([largest(own, count) for own in score]), 0  # of another vmap's, or bfloat16
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 @operation
 def keep_largest(values: Tensor, count: int) -> Tensor:
     """`values` with zeros off the mask of the `count` largest magnitudes."""
-    if not by_numpy(values) or count >= values.numel():
-        return torch.where(largest(values.abs(), count), values, 0.0)
+    kept = largest(values.abs(), count)
+    if not by_numpy(values):
+        return values * kept
     numbers = values.numpy()
-    kept = _largest(np.abs(numbers).reshape(-1), count).reshape(numbers.shape)
     with np.errstate(invalid="ignore"):  # infinity times 0
-        # `where` takes ten times as long
-        return torch.from_numpy(np.multiply(numbers, kept, out=np.empty_like(numbers)))
-
-
-def _largest(values: NDArray[Any], count: int) -> NDArray[np.bool]:
-    """The values above the `count`-th largest, and the first of those that equal it, up to `count`."""
-    threshold = np.sort(values)[values.size - count]
-    chosen: NDArray[np.bool] = values >= threshold
-    surplus = np.count_nonzero(chosen) - count
-    if surplus > 0:
-        chosen[np.flatnonzero(values == threshold)[-surplus:]] = False
-    return chosen
+        # torch takes several times as long
+        return torch.from_numpy(np.multiply(numbers, kept.numpy(), out=np.empty_like(numbers)))
 
 
 def by_budget(scores: Scores, budget: Budget) -> Masks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,19 +19,26 @@ def with_slopes(params: Params, exponents: Params) -> tuple[Params, Params]:
 
     Where β is 1 the derivative is 1, at 0 too. A fourth root may differ from torch's in its last bit.
     """
-    found = _with_slopes([params[name] for name in exponents], list(exponents.values()))
+    thetas = [params[name] for name in exponents]
+    if thetas and is_stacked(params) and thetas[0].is_cpu and not torch.compiler.is_compiling():
+        made = _Stacked.apply(*thetas, *exponents.values())
+        found = made[: len(thetas)], made[len(thetas) :]
+    else:
+        found = _with_slopes(thetas, list(exponents.values()))
     weights, slopes = (dict(zip(exponents, each, strict=True)) for each in found)
     return weights, slopes
 
 
 @operation
 def _with_slopes(thetas: list[Tensor], exponents: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Of one client, or of stacked ones with an exponent each."""
     both = [_one(theta, exponent) for theta, exponent in zip(thetas, exponents, strict=True)]
     return [weight for weight, _ in both], [slope for _, slope in both]
 
 
 def _one(theta: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
-    if not readable(theta, exponent) or theta.dtype != torch.float32 or exponent.item() != 1.25:
+    if not readable(theta, exponent) or theta.dtype != torch.float32 or (exponent != 1.25).any():
+        exponent = exponent.view(exponent.shape + (1,) * (theta.dim() - exponent.dim()))
         powers = theta.abs().pow(exponent - 1)
         return theta * powers, powers * exponent
     values = theta.detach().numpy()
@@ -38,6 +47,32 @@ def _one(theta: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
     np.sqrt(np.sqrt(root, out=root), out=root)
     weight = values * root
     return torch.from_numpy(weight), torch.from_numpy(np.multiply(root, np.float32(1.25), out=root))
+
+
+class _Stacked(torch.autograd.Function):
+    """`_with_slopes` of stacked clients on a CPU, θ and exponents one after another; has no gradient."""
+
+    @staticmethod
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(tensors) // 2
+        weights, slopes = _with_slopes(list(tensors[:count]), list(tensors[count:]))
+        return (*weights, *slopes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        rows = [
+            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip(tensors, in_dims, strict=True)
+        ]
+        return _Stacked.apply(*rows), (0,) * len(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return (None,) * len(grads)
 
 
 def chained(grads: Params, slopes: Params) -> Params:
