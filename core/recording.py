@@ -26,7 +26,7 @@ from .functional import is_stacked
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_here = threading.local()  # .reader: the one that runs in this thread
+_here = threading.local()  # .recorder: the one that runs in this thread
 
 
 class Recorded(NamedTuple):
@@ -38,30 +38,53 @@ class Recorded(NamedTuple):
     """why there is no recording; "" where there is one"""
 
 
+class Line(NamedTuple):
+    """One operation: tensors and numbers in it stand at places, which lines that do the same share."""
+
+    function: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    made: Any
+    """None for what it only writes into"""
+
+
+@dataclass(frozen=True)
+class TensorAt:
+    """A tensor's place in a script."""
+
+    place: int
+
+
+@dataclass(frozen=True)
+class NumberAt:
+    """A number's place in a script."""
+
+    place: int
+
+
 @dataclass(frozen=True)
 class Script:
-    """What a function did."""
+    """What a function did with what it was given, line by line."""
 
-    run: Callable[[Any, Sequence[float]], Any]
-    calls: list[Callable[..., Any]]
+    given: Any
+    lines: list[Line]
+    result: Any
     numbers: list[float]
-    """those that its operations were given, in their order"""
+    run: Callable[[Any, Sequence[float]], Any]
 
     def __call__(self, given: Any, numbers: Sequence[float] | None = None) -> Any:
         """Takes what has the same names and shapes, and returns what the function would."""
         return self.run(given, self.numbers if numbers is None else numbers)
 
     def read(self, function: Callable[[Any], Any], given: Any) -> tuple[Any, list[float] | None]:
-        """Calls the function; the numbers of its operations now, None if these are not the recorded ones.
+        """Calls the function; the numbers of its lines now, None if these are other lines.
 
-        For a function that works with other numbers than it did. That it does the same with what these
-        operations make is not looked at.
+        For a function that works with other numbers than it did.
         """
-        reader = Reader()
-        with reader.watching(), reader:
-            made = function(given)
-        same = reader.calls == self.calls and len(reader.numbers) == len(self.numbers)
-        return made, reader.numbers if same and not reader.trouble else None
+        recorder = Recorder(given)
+        made = recorder.call(function, given)
+        same = (recorder.given, recorder.lines, recorder.result) == (self.given, self.lines, self.result)
+        return made, recorder.numbers if same and not recorder.trouble else None
 
 
 def operation(function: Callable[P, T]) -> Callable[P, T]:
@@ -73,10 +96,10 @@ def operation(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        reader: Reader | None = getattr(_here, "reader", None)
-        if reader is None or reader.in_operation or is_stacked(_tensors((args, kwargs))):
+        recorder: Recorder | None = getattr(_here, "recorder", None)
+        if recorder is None or recorder.in_operation or is_stacked(_tensors((args, kwargs))):
             return function(*args, **kwargs)
-        return cast(T, reader.whole(function, args, kwargs))
+        return cast(T, recorder.whole(function, args, kwargs))
 
     return call
 
@@ -88,69 +111,96 @@ def record(function: Callable[[Any], Any], given: Any) -> Recorded:
     uses tensors that it was not given, or returns something else than tensors in dicts and named tuples.
     """
     recorder = Recorder(given)
-    with recorder.watching(), recorder:
-        made = function(given)
-    recorder.graph.output(recorder.built(made))
+    made = recorder.call(function, given)
     if recorder.trouble:
         return Recorded(made, None, recorder.trouble)
-    recorder.graph.eliminate_dead_code()  # keeps what writes in place
-    run = fx.GraphModule({}, recorder.graph).forward
-    return Recorded(made, Script(run, recorder.calls, recorder.numbers), "")
+    return Recorded(made, recorder.script(), "")
 
 
-class Reader(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs operations, and notes which they are and what numbers they are given."""
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs operations and writes them down; every tensor is known by its place."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls, self.numbers = list[Callable[..., Any]](), list[float]()
+        self.lines, self.numbers, self.result = list[Line](), list[float](), None
         self.trouble, self.in_operation = "", False
+        self.places, self.count = WeakTensorKeyDictionary(), 0
+        self.given = self.new(given)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here, and to skip the compiler means to import it: two seconds
 
+    def call(self, function: Callable[[Any], Any], given: Any) -> Any:
+        """What the function returns; what it did is written down."""
+        with self.watching(), self:
+            made = function(given)
+        self.result = self.returned(made)
+        return made
+
+    def script(self) -> Script:
+        """What was written down, to run again."""
+        run = _graph(self.given, self.lines, self.result).forward
+        return Script(self.given, self.lines, self.result, self.numbers, run)
+
     def refuse(self, why: str) -> None:
         """This becomes no recording; the function goes on."""
         self.trouble = self.trouble or f"it {why}"
 
-    def tensor(self, tensor: Tensor) -> Any:
-        """What stands for a tensor."""
-        return tensor
+    def new(self, value: Any) -> Any:
+        """The value with places for its tensors, which are known by them from now on."""
+        if isinstance(value, Tensor):
+            self.places[value] = at = TensorAt(self.count)
+            self.count += 1
+            return at
+        if isinstance(value, Mapping):
+            return {key: self.new(item) for key, item in value.items()}
+        return tuple(self.new(item) for item in value) if isinstance(value, tuple | list) else None
 
-    def number(self, number: float) -> Any:
-        """What stands for a number."""
-        self.numbers.append(number)
-        return number
-
-    def noted(self, value: Any) -> Any:
-        """An argument with what stands for its tensors and numbers."""
+    def known(self, value: Any) -> Any:
+        """The value with the places of its tensors and numbers."""
         kind = type(value)
         if kind is float:
-            return self.number(value)
+            self.numbers.append(value)
+            return NumberAt(len(self.numbers) - 1)
         if isinstance(value, Tensor):
-            return self.tensor(value)
+            at: TensorAt | None = self.places.get(value)  # type: ignore[no-untyped-call]
+            if at is None:
+                self.refuse(f"uses a tensor {tuple(value.shape)} that it was not given")
+            return at
         if kind is tuple or kind is list:
-            return kind([self.noted(item) for item in value])
+            return kind([self.known(item) for item in value])
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return kind(*[self.noted(item) for item in value])
-        if isinstance(value, dict):
-            return {key: self.noted(item) for key, item in value.items()}
-        return value
+            return kind(*[self.known(item) for item in value])
+        return {key: self.known(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    def returned(self, value: Any) -> Any:
+        """The result of the function with the places of its tensors."""
+        if isinstance(value, Tensor):
+            return self.known(value)
+        if isinstance(value, Mapping):
+            return {key: self.returned(item) for key, item in value.items()}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*[self.returned(item) for item in value])
+        self.refuse(f"returns a {type(value).__name__}")
+        return None
 
     def write(self, function: Callable[..., Any], args: Any, kwargs: Any, made: Any) -> None:
-        """Notes a call."""
-        self.calls.append(function)
-        self.noted(args)
-        self.noted(kwargs)
+        """Writes down a call."""
+        in_place = isinstance(made, Tensor) and made in self.places
+        args, kwargs = self.known(args), self.known(kwargs)
+        self.lines.append(Line(function, args, kwargs, None if in_place else self.new(made)))
 
     def whole(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Calls an `operation`, and notes it as one."""
+        """Calls an `operation`, and writes it down as one."""
         given = pytree.tree_leaves((args, kwargs))
+        strange = {type(value) for value in given if not isinstance(value, Tensor)} - _PLAIN
+        if strange:
+            self.refuse(f"gives {function.__name__} a {strange.pop().__name__}")
         self.in_operation = True
         try:
             made = function(*args, **kwargs)
-            # what it was given stays known by its own node
+            # what it was given stays known by its own place
             same = {id(value) for value in given if isinstance(value, Tensor)}
             made = pytree.tree_map_only(Tensor, lambda t: t.detach() if id(t) in same else t, made)
         finally:
@@ -160,99 +210,74 @@ class Reader(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made, kwargs = func(*args, **(kwargs or {})), kwargs or {}
-        if not self.in_operation and not self.trouble:
+        if self.in_operation or self.trouble:
+            return made
+        why = next((_REFUSED[tag] for tag in func.tags if tag in _REFUSED), None)
+        if why is not None:
+            self.refuse(f"{why} by {func}")
+        elif func in _SAME:
+            self.places[made] = self.known(args[0])
+        else:
             self.write(func, args, kwargs, made)
         return made
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Operations tell this reader of themselves, and so does what reads values past PyTorch's own."""
+        """Operations tell this recorder of themselves, and so does what reads values past PyTorch's own."""
 
         def noticed(name: str, read: Callable[..., Any]) -> Callable[..., Any]:
             def reading(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-                if getattr(_here, "reader", None) is self and not self.in_operation:
+                if getattr(_here, "recorder", None) is self and not self.in_operation:
                     self.refuse(f"looks at values by {name}")
                 return read(tensor, *args, **kwargs)
 
             return reading
 
-        before = getattr(_here, "reader", None)
+        before = getattr(_here, "recorder", None)
         with ExitStack() as stack:
             # a TorchFunctionMode is not asked in backward passes and rules of vmap
             for name in _LOOKS:
                 stack.enter_context(patch.object(Tensor, name, noticed(name, getattr(Tensor, name))))
-            _here.reader = self
+            _here.recorder = self
             try:
                 yield
             finally:
-                _here.reader = before
+                _here.recorder = before
 
 
-class Recorder(Reader):
-    """Writes operations into a graph, too; every tensor is known by the node that makes it."""
+def _graph(given: Any, lines: Sequence[Line], result: Any) -> fx.GraphModule:
+    """The lines as a function of what was given and of numbers."""
+    graph, nodes = fx.Graph(), dict[TensorAt, fx.Node]()
 
-    def __init__(self, given: Any) -> None:
-        super().__init__()
-        self.graph = fx.Graph()
-        self.nodes = WeakTensorKeyDictionary()
-        tensors = self.graph.placeholder("given")
-        self.of_numbers = self.graph.placeholder("numbers")
-        self.take(tensors, given)
+    def take(node: fx.Node, places: Any) -> None:
+        """The tensors of what a node stands for."""
+        if isinstance(places, TensorAt):
+            nodes[places] = node
+        elif isinstance(places, dict | tuple):
+            for key, item in places.items() if isinstance(places, dict) else enumerate(places):
+                if item is not None:
+                    take(graph.call_function(operator.getitem, (node, key)), item)
 
-    def take(self, node: fx.Node, value: Any) -> None:
-        """The tensors in `value`, which is what `node` stands for."""
-        if isinstance(value, Tensor):
-            self.nodes[value] = node
-        elif isinstance(value, Mapping | tuple | list):
-            for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-                self.take(self.graph.call_function(operator.getitem, (node, key)), item)
-
-    def tensor(self, tensor: Tensor) -> fx.Node | None:
-        """The node that makes a tensor."""
-        node: fx.Node | None = self.nodes.get(tensor)  # type: ignore[no-untyped-call]
-        if node is None:
-            self.refuse(f"uses a tensor {tuple(tensor.shape)} that it was not given")
-        return node
-
-    def number(self, number: float) -> fx.Node:
-        """The node of a number's place."""
-        super().number(number)
-        return self.graph.call_function(operator.getitem, (self.of_numbers, len(self.numbers) - 1))
-
-    def built(self, value: Any) -> Any:
-        """The result of the function from nodes."""
-        if isinstance(value, Tensor):
-            return self.tensor(value)
-        if isinstance(value, Mapping):
-            return {key: self.built(item) for key, item in value.items()}
+    def use(value: Any) -> Any:
+        """What stands at places."""
+        if isinstance(value, TensorAt):
+            return nodes[value]
+        if isinstance(value, NumberAt):
+            return graph.call_function(operator.getitem, (numbers, value.place))
+        if isinstance(value, dict):
+            return {key: use(item) for key, item in value.items()}
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return self.graph.call_function(type(value), tuple(self.built(item) for item in value))
-        self.refuse(f"returns a {type(value).__name__}")
-        return None
+            return graph.call_function(type(value), tuple(use(item) for item in value))
+        return type(value)(map(use, value)) if type(value) in (tuple, list) else value
 
-    def write(self, function: Callable[..., Any], args: Any, kwargs: Any, made: Any) -> None:
-        """Writes down a call; what it made is known from now on by its node."""
-        why = next((_REFUSED[tag] for tag in getattr(function, "tags", ()) if tag in _REFUSED), None)
-        if why is not None:
-            return self.refuse(f"{why} by {function}")
-        self.calls.append(function)
-        if function in _SAME:
-            self.nodes[made] = self.tensor(args[0])
-            return None
-        in_place = isinstance(made, Tensor) and made in self.nodes
-        args, kwargs = self.noted(args), self.noted(kwargs)
-        if not self.trouble:
-            node = self.graph.call_function(function, args, kwargs)
-            if not in_place:
-                self.take(node, made)
-        return None
-
-    def whole(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Calls an `operation`, and writes it down as one."""
-        strange = {type(value) for value in pytree.tree_leaves((args, kwargs)) if not isinstance(value, Tensor)}
-        if strange - _PLAIN:
-            self.refuse(f"gives {function.__name__} a {(strange - _PLAIN).pop().__name__}")
-        return super().whole(function, args, kwargs)
+    start, numbers = graph.placeholder("given"), graph.placeholder("numbers")
+    take(start, given)
+    for line in lines:
+        node = graph.call_function(line.function, use(line.args), use(line.kwargs))
+        take(node, line.made)
+    graph.output(use(result))
+    graph.eliminate_dead_code()  # keeps what writes in place
+    return fx.GraphModule({}, graph)
 
 
 _PLAIN = {bool, int, float, str, type(None)}  # that a graph can spell

@@ -19,7 +19,7 @@ from ..state import Stepped
 from .step import Given, Step
 
 OFTEN = 16  # minibatches of a form before it is recorded, which takes as long as some ten steps
-PAYS = 24  # minibatches of a form in a round that pay for reading its numbers anew, which takes two steps
+PAYS = 4  # minibatches of a form in a round that pay for reading its numbers anew, which takes another step
 MOST = 8  # forms of minibatches that are recorded; short ones have many, and each comes rarely
 RECORDINGS = 32  # of all forms of minibatch, model and masks
 
@@ -166,15 +166,12 @@ class _Replaying:
         return made
 
     def read(self, given: Given, recording: Recording) -> Stepped:
-        """Takes a step with new settings, for the numbers of its operations; a recording must do the same."""
-        made, numbers = recording.again.read(self.step, given)
+        """Takes a step with new settings, for the numbers of its operations."""
+        made, numbers = recording.again.read(self.step, _apart(given))
         if numbers is None:
             self.replays.refuse("its operations change with its numbers")
-            return cast(Stepped, made)
-        recording.numbers[self.settings] = numbers
-        recording.trusted = _same(made, self.again(given, recording))
-        if not recording.trusted:
-            self.replays.refuse("its recording made something else of other numbers")
+        else:
+            recording.numbers[self.settings] = numbers
         return cast(Stepped, made)
 
     def checked(self, given: Given, recording: Recording) -> Stepped:

@@ -202,7 +202,7 @@ def test_what_a_function_raises_comes_through_and_ends_the_recording():
     numpy = torch.Tensor.numpy
     with pytest.raises(ValueError, match="no"):
         record(broken, batch(0))
-    assert recording._here.reader is None
+    assert recording._here.recorder is None
     assert torch.Tensor.numpy is numpy
 
 
@@ -214,3 +214,45 @@ def test_a_function_that_records_another_is_recorded():
     _, again, refused = record(outer, {"x": torch.tensor([1.0, 2.0])})
     assert not refused
     assert again({"x": torch.tensor([1.0, 4.0])})["y"].tolist() == [6.0, 12.0]
+
+
+def test_numbers_are_read_anew():
+    """Those made from others, too; the values and their order in memory do not count."""
+
+    def function(rate):
+        def step(given):
+            moved = given["x"] - rate * given["x"].relu()
+            return {"x": moved.clamp(-10 * rate, 10 * rate), "y": torch.full((2,), rate * rate)}
+
+        return step
+
+    given = {"x": torch.tensor([-9.0, 0.5, 7.0])}
+    _, again, _ = record(function(0.5), given)
+    other = {"x": torch.tensor([3.0, 30.0, -5.0])}
+    made, numbers = again.read(function(0.25), other)
+    for found in (made, again(other, numbers)):
+        assert found["x"].tolist() == [2.25, 2.5, -2.5]
+        assert found["y"].tolist() == [0.0625] * 2
+    assert again(given)["x"].tolist() == [-5.0, 0.25, 3.5]  # with the numbers that it was recorded with
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y, other: {"z": x - y if other else y - x},
+        lambda x, y, other: {"z": (x + y).sum(0) if other else (x + y).sum(1)},
+        lambda x, y, other: {"z": x + y, "w": y if other else x},
+        lambda x, y, other: {"z": x + (2 if other else 3)},
+        lambda x, y, other: {"z": (x + y).double() if other else (x + y).to(torch.float16)},
+        lambda x, y, other: {"z": x.add(y).relu() if other else x.add(y)},
+        lambda x, y, other: {"z": x.numpy().max() * y if other else 1.0 * y},
+    ],
+)
+def test_numbers_of_other_lines_are_none(function):
+    """Of another operation, of another tensor, with another whole number or type, of other results."""
+    given = {"x": torch.ones(2, 2), "y": torch.zeros(2, 2)}
+    _, again, _ = record(lambda g: function(g["x"], g["y"], False), given)
+    assert again.read(lambda g: function(g["x"], g["y"], False), given)[1] is not None
+    made, numbers = again.read(lambda g: function(g["x"], g["y"], True), given)
+    assert numbers is None
+    assert torch.equal(made["z"], function(given["x"], given["y"], True)["z"])
