@@ -31,8 +31,11 @@ class Layout(NamedTuple):
         return images.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2)
 
     def params(self, params: Params) -> Params:
-        """All tensors in this layout."""
-        return {name: self.arrange(p) for name, p in params.items()}
+        """All tensors in this layout; weights of one channel as steps return them."""
+        return {
+            name: p.contiguous() if p.dim() == 4 and p.shape[1] == 1 else self.arrange(p)
+            for name, p in params.items()
+        }
 
 
 def choose_layout(setting: str, model: nn.Module, device: torch.device) -> Layout:

@@ -19,7 +19,7 @@ from ..state import Stepped
 from .step import Given, Step
 
 OFTEN = 16  # minibatches of a form before it is recorded, which takes as long as some ten steps
-PAYS = 4  # minibatches of a form in a round that pay for reading its numbers anew, which takes another step
+PAYS = 4  # steps of a form in a round that pay for reading its numbers anew, which takes another step
 MOST = 8  # forms of minibatches that are recorded; short ones have many, and each comes rarely
 RECORDINGS = 32  # of all forms of minibatch, model and masks
 
@@ -35,6 +35,10 @@ class Recording:
     """those of its operations, by the settings that they come from"""
     trusted: bool = False
     """whether it made the same as a step did, of other values than it was made with"""
+    now: int = 0
+    """steps of this form in this round"""
+    usual: float = 0
+    """those of the round before, for each of its settings"""
 
 
 @dataclass
@@ -45,10 +49,6 @@ class Replays:
     first: bool = True
     seen: Counter[Hashable] = field(default_factory=Counter)
     """minibatches by their form"""
-    now: Counter[Hashable] = field(default_factory=Counter)
-    """those of this round"""
-    usual: dict[Hashable, float] = field(default_factory=dict)
-    """those of the round before, for each of its settings"""
     settings: set[Hashable] = field(default_factory=set)
     """of this round"""
     often: set[Hashable] = field(default_factory=set)
@@ -73,10 +73,9 @@ class Replays:
         """Counts anew; forgets numbers that the last round did not use."""
         self.first = self.round == -1
         self.round = round_
-        self.usual = {form: count / len(self.settings) for form, count in self.now.items()}
         for recording in self.recordings.values():
             recording.numbers = {at: n for at, n in recording.numbers.items() if at in self.settings}
-        self.now.clear()
+            recording.usual, recording.now = recording.now / max(len(self.settings), 1), 0
         self.settings.clear()
 
     def clear(self) -> None:
@@ -92,7 +91,6 @@ class Replays:
 
     def count(self, batch: Hashable) -> bool:
         """Counts a minibatch of this form; whether there were so many that a recording pays."""
-        self.now[batch] += 1
         self.seen[batch] += 1
         if self.seen[batch] > OFTEN and len(self.often) < MOST:
             self.often.add(batch)
@@ -119,8 +117,9 @@ class _Replaying:
         recording = self.replays.recordings.get(form)
         if recording is None:
             return self.recorded(given, form)
+        recording.now += 1
         if self.settings not in recording.numbers:
-            if self.replays.usual.get(batch, 0) < PAYS:
+            if recording.usual < PAYS:
                 return self.step(given)
             return self.read(given, recording)
         made = self.again(given, recording) if recording.trusted else self.checked(given, recording)

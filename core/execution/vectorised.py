@@ -127,8 +127,8 @@ class Vectorised(Executor):
     def stack(self, plan: Plan, numbers: Sequence[int]) -> Chunk:
         """The chunk as it downloads."""
         clients = [self.download(plan, number) for number in numbers]
-        # all of them downloaded the same
-        params = {name: p.expand(len(clients), *p.shape) for name, p in clients[0].params.items()}
+        # all of them downloaded the same; copies, so that the first step is of the form of all others
+        params = {name: _copies(p, len(clients)) for name, p in clients[0].params.items()}
         carry: Carry = pytree.tree_map(lambda *each: torch.stack(each), *(c.carry for c in clients))
         return Chunk(clients, params, carry, plan.state.mask, plan.trainable)
 
@@ -379,6 +379,13 @@ class Vectorised(Executor):
 
 def _pick(tensors: Params, at: int) -> Params:
     return {name: tensor[at] for name, tensor in tensors.items()}
+
+
+def _copies(tensor: Tensor, count: int) -> Tensor:
+    """So many in a stack, each in memory as the tensor lies."""
+    strides = (tensor.numel(), *tensor.stride())
+    stack = torch.empty_strided((count, *tensor.shape), strides, dtype=tensor.dtype, device=tensor.device)
+    return stack.copy_(tensor)
 
 
 def _stacked_as(old: Params, each: Sequence[Params]) -> Params:
