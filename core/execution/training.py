@@ -72,6 +72,7 @@ class Executor(ABC):
         self.ledger, self.contracts, self.layout = ledger, contracts, task.layout
         self.step = hooks.found["local_step"]
         self.replays: Replays | None = None
+        self.own_start = any(hooks.takes("client_init", own) for own in ("memory", "broadcast"))
         self.needs_score = hooks.takes("readjust", "score")
         self.needs_key = hooks.takes("local_step", "key")
         self.drops = drops(task.model, task.dataset.input_shape)
@@ -174,15 +175,17 @@ class Executor(ABC):
         """The mask of the values that a client sends."""
         return masks.support(client.params, client.mask) if self.hooks.sends == "support" else client.mask
 
-    def download(self, plan: Plan, number: int) -> Client:
-        """The client's state is the server's; its optimiser starts fresh."""
+    def download(self, plan: Plan, number: int, first: Client | None = None) -> Client:
+        """The client's state is the server's; its optimiser starts fresh, if it may as `first`'s did."""
         state = plan.state
         got = self.ledger.download(number).got
         broadcast = self.ledger.beside(plan.broadcast, "download", number)
         params, buffers = (state.params, state.buffers) if got is None else (got.params, got.buffers)
         params = params if got is None else self.layout.params(params)
         fresh: dict[str, Params] = {}
-        if self.hooks.get("client_init"):
+        if first is not None and got is None and not self.own_start:
+            fresh = first.carry.state
+        elif self.hooks.get("client_init"):
             fresh = self.hooks.call(
                 "client_init",
                 dict,

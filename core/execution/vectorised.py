@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 
 from .. import masks
 from ..contracts import ContractError
-from ..ledger import on_host
 from ..memory import out_of_memory
 from ..state import Carry, Clock, Masks, Params, Scores
 from ..transfer import to_device
@@ -126,7 +125,8 @@ class Vectorised(Executor):
 
     def stack(self, plan: Plan, numbers: Sequence[int]) -> Chunk:
         """The chunk as it downloads."""
-        clients = [self.download(plan, number) for number in numbers]
+        clients = [self.download(plan, numbers[0])]
+        clients += [self.download(plan, number, clients[0]) for number in numbers[1:]]
         # all of them downloaded the same; copies, so that the first step is of the form of all others
         params = {name: _copies(p, len(clients)) for name, p in clients[0].params.items()}
         carry: Carry = pytree.tree_map(lambda *each: torch.stack(each), *(c.carry for c in clients))
@@ -341,12 +341,11 @@ class Vectorised(Executor):
     def arrive_all(self, leaving: Chunk) -> Chunk:
         """Charges the uploads; the chunk as the server then knows it."""
         if not self.ledger.alters:
-            mask, own = leaving.mask, leaving.readjusted or self.hooks.sends == "support"
-            if own:
-                support = self.hooks.sends == "support"
-                mask = on_host(masks.support(leaving.params, mask) if support else mask)
+            mask, support = leaving.mask, self.hooks.sends == "support"
+            sent = masks.support(leaving.params, mask) if support else mask
+            own = self.ledger.own_masks(sent) if mask and (support or leaving.readjusted) else []
             for at, client in enumerate(leaving.clients):
-                self.ledger.upload(client.number, _pick(mask, at) if own else mask)
+                self.ledger.upload(client.number, mask, own=own[at] if own else None)
             return leaving
         clients = [self.arrive(leaving.one(at)) for at in range(len(leaving.clients))]
         buffers = _stacked_as(leaving.carry.buffers, [client.carry.buffers for client in clients])

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..errors import RunError
 from ..state import Masks, Params
-from .codecs import decode_masks, encode_masks, masks_size, on_host
+from .codecs import counted, decode_masks, encode_masks, masks_size, masks_sizes, on_host
 from .flops import Cost, PassDensities, training_cost
 from .messages import (
     SEED,
@@ -110,6 +110,17 @@ class Passed(NamedTuple):
 
     size: int
     got: Message | None = None
+
+
+class OwnMask(NamedTuple):
+    """What an upload takes of a mask that the client moved."""
+
+    values: int
+    """bytes of the values that it keeps, without frozen ones"""
+    code: int
+    """bytes of the mask's own"""
+    active: int
+    """weights, with frozen ones"""
 
 
 class _Prices(NamedTuple):
@@ -278,38 +289,40 @@ class Ledger:
         return Passed(size, deliver(self._model, size, form, self._still or None))
 
     def upload(
-        self, client: int, mask: Masks, params: Params | None = None, buffers: Params | None = None
+        self,
+        client: int,
+        mask: Masks,
+        params: Params | None = None,
+        buffers: Params | None = None,
+        own: OwnMask | None = None,
     ) -> Passed:
         """What `client` sends back, after its `download` in this round (RunError otherwise).
 
         `mask` holds the very tensors of the server's mask if the client left it alone; otherwise it is sent,
-        and says which values are. `params` and `buffers`, the client's own as `rounded` gives them, are
-        needed for `encode` only.
+        and says which values are; `own` is its entry in `own_masks` where that is at hand. `params` and
+        `buffers`, the client's own as `rounded` gives them, are needed for `encode` only.
         """
         prices = self._open()
         if client not in self._downloaded:
             raise RunError(f"client {client} uploads in round {self._index} without having downloaded")
         first, mask_changed = self._downloaded.pop(client)
         server, frozen = self._mask or {}, self._frozen or {}
-        own = any(mask[name] is not old for name, old in server.items())
+        if own is None and any(mask[name] is not old for name, old in server.items()):
+            own = self.own_masks({name: flags[None] for name, flags in mask.items()})[0]
         size, active = prices.size.total(), prices.traffic.active
         values, coded = prices.size.values, 0
-        if own:
-            known, held = self._on_host()
-            moved = on_host(mask)
-            counts = count(self._params, moved, held)
-            values, coded = self._live_bytes(mask, counts), masks_size(moved, known)
+        if own is not None:
+            values, coded, active = own
             size += values - prices.size.values + coded
-            active = sum(sum(counts[name]) for name in mask)
         got = None
         if self.encode and params is not None and buffers is not None:
-            form = Form(own, False, server, None, self.values, self._label("upload", client))
+            form = Form(own is not None, False, server, None, self.values, self._label("upload", client))
             got = deliver(Message(params, buffers, mask, frozen), size, form, self._still or None)
         traffic = prices.traffic._replace(
             round=self._index,
             active_upload=active,
             mask_changed=mask_changed,
-            client_readjusted=own,
+            client_readjusted=own is not None,
             first_contact=first,
         )
         self.round = self.round.plus(
@@ -320,6 +333,21 @@ class Ledger:
             upload_dense_bytes=prices.size.dense + prices.size.buffers,
         )
         return Passed(size, got)
+
+    def own_masks(self, masks: Masks) -> list[OwnMask]:
+        """What uploads take of stacked masks (clients, …) that clients moved, each."""
+        server, frozen = self._on_host()
+        moved = on_host(masks)
+        values = active = np.zeros(1, np.int64)
+        for name, mask in moved.items():
+            flags = mask.reshape(len(mask), -1).numpy()
+            every = live = counted(flags)
+            if name in frozen:
+                live = every - counted(flags & frozen[name].reshape(-1).numpy())
+            values = values + live * on_wire(self._params[name].dtype, self.values).itemsize
+            active = active + every
+        columns = (values, masks_sizes(moved, server), active)
+        return [OwnMask(*map(int, row)) for row in zip(*columns, strict=True)]
 
     def mark(self, clients: Iterable[int]) -> Mark:
         """The round's accounts, and what these clients hold: for `back_to`."""
@@ -419,10 +447,6 @@ class Ledger:
         """Flat values of what is frozen, as they are sent, on the host."""
         values = {name: params[name].detach()[flags] for name, flags in frozen.items()}
         return {name: value.cpu() for name, value in self.rounded(values, "download").items()}
-
-    def _live_bytes(self, mask: Masks, counts: Mapping[str, Count]) -> int:
-        """Bytes of the values of masked parameters that train."""
-        return sum(counts[n].live * on_wire(self._params[n].dtype, self.values).itemsize for n in mask)
 
     def _places(self, name: str, mask: Masks | None, device: torch.device) -> Tensor:
         """Where a parameter trains."""
