@@ -233,12 +233,15 @@ class _Stacked(torch.autograd.Function):
         ctx.mark_non_differentiable(*output)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *given: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        inputs, weight, held = (
-            t.movedim(dim, 0) if dim is not None else t if t is None else t.expand(info.batch_size, *t.shape)
-            for t, dim in zip(given[:3], in_dims, strict=False)
-        )
-        return _largest_of_each(inputs, weight, held, given[3]), (0, 0)
+    def vmap(
+        info: Any, in_dims: Any, inputs: Tensor, weight: Tensor, held: Tensor | None, density: float | None
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        def of_all(tensor: Tensor, dim: int | None) -> Tensor:
+            return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+        thresholds = None if held is None else of_all(held, in_dims[2])
+        made = _largest_of_each(of_all(inputs, in_dims[0]), of_all(weight, in_dims[1]), thresholds, density)
+        return made, (0, 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:

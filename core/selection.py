@@ -1,7 +1,7 @@
 """The k-th largest of many values.
 
-On host memory by numpy's sort, vectorised since its version 2: it takes a third to a tenth of the time of torch's
-selection, while numpy's own selection is a hundred times slower among many equal values. On a device by
+On host memory by numpy's sort, vectorised since its version 2: it takes a third to a tenth of the time of
+torch's selection, while numpy's own selection is many times slower among equal values. On a device by
 sorting, too, from as many values on: torch's selection runs in one block of threads there.
 """
 

@@ -11,7 +11,7 @@ import torch
 from ...core.config import Layer
 from ...core.engine import Engine
 from ...core.errors import FedsparseError
-from ...core.ledger import Ledger, Passed
+from ...core.ledger import Ledger, OwnMask, Passed
 from ...core.resolve import Resolved, resolve
 from ...core.state import Masks, Params
 from ...core.task import Task, prunable_layers
@@ -64,10 +64,19 @@ class NoLedger(Ledger):
         return Passed(0)
 
     def upload(
-        self, client: int, mask: Masks, params: Params | None = None, buffers: Params | None = None
+        self,
+        client: int,
+        mask: Masks,
+        params: Params | None = None,
+        buffers: Params | None = None,
+        own: OwnMask | None = None,
     ) -> Passed:
         """Nothing."""
         return Passed(0)
+
+    def own_masks(self, masks: Masks) -> list[OwnMask]:
+        """Nothing."""
+        return []
 
     def train(self, samples: int, score_samples: int = 0) -> float:
         """Nothing."""

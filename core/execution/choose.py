@@ -24,9 +24,9 @@ from .vectorised import Vectorised
 from .workers import local_workers
 
 SMALL = 2_000_000  # parameters; a client of a larger model keeps a GPU busy alone
-# a CPU computes smaller steps than these faster than Python calls its operations (measured: one after another
-# 5 times slower at 0.75 million MACs and 6,000 parameters; at 7 million and 53,000 1.4 times where clients are
-# of one size, equal where they are not)
+# a CPU computes smaller steps than these faster than Python calls its operations (measured: one after
+# another 5 times slower at 0.75 million MACs and 6,000 parameters; at 7 million and 53,000 1.4 times where
+# clients are of one size, equal where they are not)
 TINY_STEP, TINY = 2_000_000, 20_000  # MACs, parameters
 STREAMS = 4  # clients that graphs train side by side
 COPIES = 6  # of the parameters, at the peak of a step: values, gradients, momentum, and their successors

@@ -55,7 +55,7 @@ class StackedBatches:
         targets = self.samples.targets.index_select(0, chosen).view(short.shape)
         if short.any():
             targets = torch.where(to_device(short, targets.device), IGNORED, targets)
-        return Batch(self.layout.stacked(inputs.unflatten(0, short.shape)), targets)
+        return Batch(self.layout.stacked(inputs.view(*short.shape, *inputs.shape[1:])), targets)
 
     def one(self, client: int) -> list[Batch]:
         """A client's own minibatches, in the run's layout."""

@@ -1,6 +1,6 @@
 """What a run costs: wire codecs, messages and their exact sizes, bytes, FLOPs."""
 
-from .accounts import Ledger, PaperBytes, Passed, Tally, Traffic, paper_bytes
+from .accounts import Ledger, OwnMask, PaperBytes, Passed, Tally, Traffic, paper_bytes
 from .codecs import Codec, decode_masks, encode_masks, masks_size, on_host
 from .flops import Cost, PassDensities, PassDensity, forward_macs, training_cost
 from .frame import HEADER, CorruptError
@@ -33,6 +33,7 @@ __all__ = [
     "Ledger",
     "Message",
     "MessageSize",
+    "OwnMask",
     "PaperBytes",
     "PassDensities",
     "PassDensity",

@@ -1,4 +1,4 @@
-"""Max-pooling, faster than PyTorch's on CPUs: where few channels lie last in memory, and of stacked clients."""
+"""Max-pooling, faster than PyTorch's on CPUs where few channels lie last, and of stacked clients."""
 
 from __future__ import annotations
 
@@ -122,4 +122,4 @@ def _merged(tensor: Tensor, clients: int | None, count: int = 1) -> Tensor:
 
 def _apart(tensor: Tensor, clients: int) -> Tensor:
     """(b, clients, c, h, w)."""
-    return tensor.unflatten(1, (clients, -1))
+    return tensor.view(len(tensor), clients, -1, *tensor.shape[2:])

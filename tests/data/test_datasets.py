@@ -35,6 +35,15 @@ def test_digits_have_their_shape_and_fixed_split() -> None:
     assert torch.equal(test, (train + test) // 5)  # every fifth of each class
 
 
+def test_digits_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read without its import, and with it where its files lie elsewhere."""
+    quick = load("digits")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    slow = load("digits")
+    for name in ("train_inputs", "train_targets", "test_inputs", "test_targets"):
+        assert torch.equal(getattr(quick, name), getattr(slow, name))
+
+
 def test_normalised_train_data_has_mean_0_and_deviation_1() -> None:
     for dataset in (load("digits"), load("synthetic", channels=3, height=8, width=8, noise=0.0)):
         values = dataset.normalise(dataset.train_inputs)
@@ -89,6 +98,20 @@ def test_synthetic_larger_than_one_chunk_is_noisy_everywhere() -> None:
     images = large.train_inputs.flatten(1).float()
     assert bool((images.std(dim=1) > 0).all())
     assert len(large.train_inputs.flatten(1).unique(dim=0)) == 3000
+
+
+def test_synthetic_noise_is_gaussian() -> None:
+    """Where it is not clipped; 25,000 pixels: six standard errors of the mean, the deviation and a share."""
+    quiet, loud = (load("synthetic", train=500, test=10, noise=noise) for noise in (0.0, 0.1))
+    plain, found = quiet.train_inputs.double(), loud.train_inputs.double()
+    middle = (plain > 110) & (plain < 145)
+    noise = (found - plain)[middle] / 255
+    error = 0.1 / noise.numel() ** 0.5
+    assert noise.numel() > 25_000
+    assert abs(noise.mean()) < 6 * error
+    assert abs(noise.std() - 0.1) < 6 * error
+    beyond = (noise.abs() > 0.2).double().mean()
+    assert abs(beyond - 0.0455) < 6 * (0.0455 / noise.numel()) ** 0.5 + 0.004  # levels are rounded
 
 
 @pytest.mark.parametrize(
