@@ -64,8 +64,8 @@ class Watch:
             self.uploads.append((plan.clock.round, client))
             upload(plan, client, uploads)
 
-        def watched_download(plan, number):
-            client = download(plan, number)
+        def watched_download(plan, *given):
+            client = download(plan, *given)
             self.downloads.append((plan.state.params, plan.state.mask, replace(client)))
             return client
 

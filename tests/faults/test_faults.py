@@ -245,7 +245,7 @@ def test_a_client_that_cannot_be_sent_is_dropped_as_well(make_engine, kind):
 
     def loud(**more):
         engine = make_engine("scaffold", **changes, **more, execution__executor=kind, execution__chunk=3)
-        return louder(engine, 1e3, 1)
+        return louder(engine, 2.5e3, 1)
 
     reports = play(loud(faults__non_finite="drop"))
     assert [report.metrics["lost"] for report in reports] == [{"non_finite": [1]}] * 2
