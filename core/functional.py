@@ -68,6 +68,15 @@ def mapped() -> bool:
     return innermost is not None and innermost.key() == torch._C._functorch.TransformType.Vmap
 
 
+def vmapped() -> bool:
+    """Whether `torch.func.vmap` is among the transformations that run now, and forward-mode ones are not."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    kinds = {interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack()}
+    kind = torch._C._functorch.TransformType
+    return kind.Vmap in kinds and kind.Jvp not in kinds
+
+
 def is_stacked(tensors: Mapping[Any, Tensor]) -> bool:
     """Whether the tensors are those of `torch.func.vmap` or `grad`, or of a step that is being compiled.
 

@@ -81,7 +81,7 @@ def keep_largest(values: Tensor, count: int) -> Tensor:
     kept = largest(values.abs(), count)
     if not by_numpy(values):
         return values * kept
-    numbers = values.numpy()
+    numbers = values.detach().numpy()
     with np.errstate(invalid="ignore"):  # infinity times 0
         # torch takes several times as long
         return torch.from_numpy(np.multiply(numbers, kept.numpy(), out=np.empty_like(numbers)))

@@ -17,7 +17,8 @@ from .state import Params
 def with_slopes(params: Params, exponents: Params) -> tuple[Params, Params]:
     """θ·|θ|^(β-1) and its derivative β·|θ|^(β-1) for each θ with an exponent β (0-d, 1 or more).
 
-    Where β is 1 the derivative is 1, at 0 too. A fourth root may differ from torch's in its last bit.
+    Where β is 1 the derivative is 1, at 0 too. Neither has a gradient of its own. A fourth root may differ
+    from torch's in its last bit.
     """
     thetas = [params[name] for name in exponents]
     if thetas and is_stacked(params) and thetas[0].is_cpu and not torch.compiler.is_compiling():

@@ -34,7 +34,7 @@ def kth_largest(values: Tensor, k: int | Tensor) -> Tensor:
     if is_stacked({"values": flat}) and not torch.compiler.is_compiling():
         ranked: Tensor = _Ranked.apply(flat, k)
         return ranked
-    if by_numpy(flat):
+    if by_numpy(flat) and (not isinstance(k, Tensor) or readable(k)):
         return flat.new_tensor(np.sort(flat.numpy())[flat.numel() - int(k)])
     if isinstance(k, Tensor):
         return _at(flat, k)
@@ -69,7 +69,7 @@ class _Ranked(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, flat: Tensor, k: int | Tensor) -> tuple[Tensor, int]:
         rows = info.batch_size
         flat = flat.movedim(in_dims[0], 0) if in_dims[0] is not None else flat.expand(rows, -1)
-        if by_numpy(flat):
+        if by_numpy(flat) and (not isinstance(k, Tensor) or readable(k)):
             return _by_row(flat, k), 0
         if isinstance(k, Tensor):
             ordered = flat.sort(dim=1, descending=True).values

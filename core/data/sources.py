@@ -129,7 +129,7 @@ class Synthetic(Source):
     """Generated images, a random prototype a class plus noise: any number and size, no files.
 
     Prototypes are uniform in [0, 1], in tiles of 2x2 pixels so that convolution and pooling keep them;
-    Gaussian noise of 65,536 levels is added, and the sum is clipped to [0, 1]; both are quantised to uint8.
+    Gaussian noise of 65,536 levels is added, both in whole steps of 1/255, and the sum is clipped to [0, 1].
     Classes are balanced to within one sample. Train and test come from one distribution, and from `seed`
     alone.
     """

@@ -19,9 +19,10 @@ from ..state import Stepped
 from .step import Given, Step
 
 OFTEN = 16  # minibatches of a form before it is recorded, which takes as long as some ten steps
-PAYS = 4  # steps of a form in a round that pay for reading its numbers anew, which takes another step
+PAYS = 4  # steps of a form in a round that pay for reading its numbers anew, which takes as long as two steps
 MOST = 8  # forms of minibatches that are recorded; short ones have many, and each comes rarely
 RECORDINGS = 32  # of all forms of minibatch, model and masks
+CHANGES = 4  # of what a step does with its numbers, after which it runs as it is
 
 
 @dataclass
@@ -53,6 +54,8 @@ class Replays:
     """of this round"""
     often: set[Hashable] = field(default_factory=set)
     recordings: dict[Hashable, Recording] = field(default_factory=dict)
+    changes: int = 0
+    """recordings that other numbers put an end to"""
     refused: str = ""
     """why the step cannot be recorded, once that was tried"""
 
@@ -100,7 +103,7 @@ class Replays:
 class _Replaying:
     """A step that is recorded when it comes, checked when it comes again, and then run from the recording.
 
-    What trains is a plain step's result until then.
+    What trains is a plain step's result until then, or that of the same operations while they are read.
     """
 
     def __init__(self, step: Step, replays: Replays, settings: Hashable, stacked: bool) -> None:
@@ -121,7 +124,7 @@ class _Replaying:
         if self.settings not in recording.numbers:
             if recording.usual < PAYS:
                 return self.step(given)
-            return self.read(given, recording)
+            return self.read(given, form, recording)
         made = self.again(given, recording) if recording.trusted else self.checked(given, recording)
         self.unmoved = (made.params, made.carry, given.mask, given.trainable, given.anchor)
         self.next = recording.next
@@ -164,14 +167,21 @@ class _Replaying:
             self.replays.recordings[form] = Recording(again, following, numbers)
         return made
 
-    def read(self, given: Given, recording: Recording) -> Stepped:
+    def read(self, given: Given, form: Hashable, recording: Recording) -> Stepped:
         """Takes a step with new settings, for the numbers of its operations."""
-        made, numbers = recording.again.read(self.step, _apart(given))
-        if numbers is None:
-            self.replays.refuse("its operations change with its numbers")
-        else:
+        try:
+            with torch.random.fork_rng([]):
+                made, numbers = recording.again.read(self.step, _apart(given))
+        except Exception:  # the step says better what is wrong
+            numbers = None
+        if numbers is not None:
             recording.numbers[self.settings] = numbers
-        return cast(Stepped, made)
+            return cast(Stepped, made)
+        del self.replays.recordings[form]
+        self.replays.changes += 1
+        if self.replays.changes == CHANGES:
+            self.replays.refuse("its operations change with its numbers")
+        return self.step(given)
 
     def checked(self, given: Given, recording: Recording) -> Stepped:
         """Takes a step, and looks whether its recording does the same."""

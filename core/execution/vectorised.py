@@ -382,7 +382,7 @@ def _pick(tensors: Params, at: int) -> Params:
 
 def _copies(tensor: Tensor, count: int) -> Tensor:
     """So many in a stack, each in memory as the tensor lies."""
-    strides = (tensor.numel(), *tensor.stride())
+    strides = (tensor.numel(), *torch.empty_like(tensor).stride())  # without gaps, if it has any
     stack = torch.empty_strided((count, *tensor.shape), strides, dtype=tensor.dtype, device=tensor.device)
     return stack.copy_(tensor)
 

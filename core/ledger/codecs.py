@@ -30,6 +30,9 @@ Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 
 
+_POSITIONS = 2**21  # looked at at once; each takes some 40 bytes
+
+
 class Codec(IntEnum):
     """Tag byte of a tensor's payload."""
 
@@ -192,7 +195,12 @@ def counted(rows: Bits) -> Ints:
 
 
 def _sizes(bits: Bits, base: Bits | None) -> Ints:
-    """Payload bytes of each row in its shortest codec."""
+    """Payload bytes of each row in its shortest codec; a few rows at a time, as positions take memory."""
+    rows = max(1, _POSITIONS // max(bits.shape[1], 1))
+    return np.concatenate([_some_sizes(bits[at : at + rows], base) for at in range(0, len(bits), rows)])
+
+
+def _some_sizes(bits: Bits, base: Bits | None) -> Ints:
     rows, width = bits.shape
     best = np.full(rows, (width + 7) // 8, np.int64)
     for _, flags in _candidates(bits, base):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
 
-from ..functional import is_stacked
+from ..functional import vmapped
 from ..selection import readable
 
 _VECTOR = 8  # channels that PyTorch's kernel takes at once; it takes the rest one by one
@@ -19,7 +19,7 @@ def max_pool(inputs: Tensor, window: int, stride: int) -> Tensor:
 
     Windows of 3x3 and stride 1 over 6 channels take half the time with channels of zeros beside them.
     """
-    if inputs.is_cpu and is_stacked({"": inputs}) and not torch.compiler.is_compiling():
+    if inputs.is_cpu and vmapped():
         stacked: tuple[Tensor, Tensor] = _Stacked.apply(inputs, window, stride)
         return stacked[0]
     fills = inputs.shape[1] > 1 and inputs.shape[1] % _VECTOR and window > stride  # else it does not pay
@@ -122,4 +122,5 @@ def _merged(tensor: Tensor, clients: int | None, count: int = 1) -> Tensor:
 
 def _apart(tensor: Tensor, clients: int) -> Tensor:
     """(b, clients, c, h, w)."""
-    return tensor.view(len(tensor), clients, -1, *tensor.shape[2:])
+    batch, channels, *size = tensor.shape
+    return tensor.view(batch, clients, channels // clients, *size)

@@ -106,3 +106,9 @@ def test_stacked_clients_are_ranked_each_by_itself(size: int, own: bool) -> None
         slopes = torch.func.vmap(torch.func.grad(lambda values: scaled(values, 17)))(clients)
     assert torch.equal(found, expected)
     assert torch.equal(slopes, expected[:, None].expand_as(clients))  # the rank itself has no gradient
+
+
+def test_ranks_may_be_stacked_alone() -> None:
+    values, ranks = drawn("normal"), torch.tensor([1, 7, 5000])
+    found = torch.func.vmap(lambda k: kth_largest(values, k))(ranks)
+    assert torch.equal(found, values.sort(descending=True).values[ranks - 1])

@@ -19,6 +19,7 @@ from fedsparse.core.execution.choose import unstackable
 from fedsparse.core.execution.graph import WARM_UPS, CaptureError, Lane
 from fedsparse.core.execution.step import Given
 from fedsparse.core.execution.training import apart
+from fedsparse.core.execution.vectorised import _copies
 from fedsparse.core.hookspecs import hookimpl
 from fedsparse.core.registry import Registry
 from fedsparse.core.state import Batch, Carry, Stepped
@@ -114,6 +115,25 @@ def test_frozen_biases_stay_where_clients_move_their_masks(make_engine, other):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7])
 def test_chunks_of_any_size_give_the_same(make_engine, chunk, other):
     assert_same(*both(make_engine, "feddst", other, execution__chunk=chunk, federation__rounds=4))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(24.0).view(2, 3, 2, 2).to(memory_format=torch.channels_last),
+        torch.arange(24.0).view(2, 3, 2, 2)[..., 0],
+        torch.arange(24.0).view(4, 6)[:, ::2],
+        torch.arange(6.0)[:, None].expand(6, 2),
+        torch.tensor(3.0),
+    ],
+)
+def test_clients_of_a_stack_have_memory_of_their_own(tensor):
+    """Also where what they download lies in memory with gaps, or with entries of one place."""
+    stack = _copies(tensor, 3)
+    assert stack.shape == (3, *tensor.shape)
+    stack[1] += 1
+    for at, expected in enumerate((tensor, tensor + 1, tensor)):
+        assert torch.equal(stack[at], expected)
 
 
 def test_client_order_and_chunks_do_not_show_in_the_sums(make_engine):

@@ -258,8 +258,8 @@ def test_feddst_invariants_5_12_ref_and_quirk_9_2_density_leaks(make_engine):
 def test_feddst_quirk_9_1_growth_is_nullified_by_the_server(make_engine, watch, variant):
     """Of the positions that any client grew, the released variant's server keeps few.
 
-    Next to none in large networks. In this one a layer can have fewer nonzero weights than its budget, and then
-    zeros stay: over ten data sets 1 to 21 % of what grew, of the paper's variant 36 to 50 %.
+    Next to none in large networks. In this one a layer can have fewer nonzero weights than its budget, and
+    then zeros stay: over ten data sets 1 to 21 % of what grew, of the paper's variant 36 to 50 %.
     """
     engine = make_engine(
         "feddst",

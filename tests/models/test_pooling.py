@@ -62,3 +62,36 @@ def test_the_fast_way_is_taken(monkeypatch):
     pooling.max_pool(images(torch.contiguous_format), 3, 1)
     pooling.max_pool(images(torch.channels_last), 2, 2)
     assert len(taken) == 1
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_stacked_clients_pool_as_each_alone_does(dim):
+    """Values and gradients."""
+    clients = torch.stack([images(torch.channels_last), images(torch.contiguous_format).flip(0)], dim)
+    slope = torch.randn(2, 5, 6, 6, 6)
+
+    def scaled(x, slope):
+        return (pooling.max_pool(x, 2, 2) * slope).sum()
+
+    pooled = torch.func.vmap(lambda x: pooling.max_pool(x, 2, 2), in_dims=dim)(clients)
+    slopes = torch.func.vmap(torch.func.grad(scaled), in_dims=(dim, 0))(clients, slope)
+    for at in range(2):
+        own = clients.select(dim, at).clone().requires_grad_()
+        expected = max_pool2d(own, 2, 2)
+        assert torch.equal(pooled[at], expected)
+        (expected * slope[at]).sum().backward()
+        assert torch.equal(slopes[at], own.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch's own, of forward mode
+def test_derivatives_of_higher_order_and_forward_mode():
+    x, tangent = images(torch.channels_last), images(torch.channels_last, 6).flip(0)
+
+    def loss(pool):
+        return lambda x: pool(x, 2, 2).pow(3).sum()
+
+    own, theirs = (torch.func.grad(loss(pool)) for pool in (pooling.max_pool, max_pool2d))
+    for found, expected in zip(*(torch.func.jvp(g, (x,), (tangent,)) for g in (own, theirs)), strict=True):
+        assert torch.allclose(found, expected)
+    curvature = [torch.func.vmap(torch.func.grad(lambda x, g=g: g(x).sum())) for g in (own, theirs)]
+    assert torch.allclose(*(each(torch.stack([x, tangent])) for each in curvature))
