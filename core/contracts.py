@@ -101,7 +101,9 @@ class Contracts:
                 raise where.breach(f"frozen names {name!r}, which is no parameter")
             _same_tensor(where, f"frozen {name!r}", entry, self.template[name].shape, torch.bool)
             if name in mask:
-                count.forbid((entry & ~mask[name]).sum(), f"{name!r}: {{count}} frozen weights off the mask")
+                count.forbid(
+                    (entry & ~mask[name]).count_nonzero(), f"{name!r}: {{count}} frozen weights off the mask"
+                )
         count.verdict(where)
 
     def values(
