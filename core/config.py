@@ -184,8 +184,9 @@ class ExecutionConfig(Section):
     )
     replay: bool = Field(
         True,
-        description="on CPUs, from the second round on, run local steps from a recording of their "
-        "operations; the results are the same to the bit. Off to look into a step",
+        description="on CPUs, for models of at most 2 million parameters, from the second round on, run "
+        "local steps from a recording of their operations; the results are the same to the bit. Off to look "
+        "into a step",
     )
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
         "auto",

@@ -23,7 +23,7 @@ from .training import Executor
 from .vectorised import Vectorised
 from .workers import local_workers
 
-SMALL = 2_000_000  # parameters; a client of a larger model keeps a GPU busy alone
+SMALL = 2_000_000  # parameters; a client of a larger model keeps a GPU, or a core, busy alone
 # a CPU computes smaller steps than these faster than Python calls its operations (measured: one after
 # another 5 times slower at 0.75 million MACs and 6,000 parameters; at 7 million and 53,000 1.4 times where
 # clients are of one size, equal where they are not)
@@ -74,8 +74,9 @@ def choose(
         message = f"'vectorised' cannot stack this model: {trouble}. Set 'auto' or 'sequential'"
         raise ConfigError([Problem("execution.executor", message)])
     parts = (task, hooks, loss, ledger, contracts)
-    # a GPU has graphs for that
-    replays = Replays() if config.replay and task.device.type == "cpu" else None
+    # a GPU has graphs for that; a larger model's steps gain next to nothing, and recording takes two of them
+    records = config.replay and task.device.type == "cpu" and parameters <= SMALL
+    replays = Replays() if records else None
     if kind == "sequential":
         alone = Sequential(*parts)
         alone.replays = replays

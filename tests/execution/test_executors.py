@@ -266,6 +266,13 @@ def test_a_call_with_other_tensors_equals_functional_call_and_leaves_the_module_
     assert model.two.weight is model.one.weight
 
 
+def test_steps_of_large_models_are_not_recorded(make_engine, monkeypatch):
+    assert make_engine().executor.replays is not None
+    assert make_engine(execution__replay=False).executor.replays is None
+    monkeypatch.setattr("fedsparse.core.execution.choose.SMALL", 100)
+    assert make_engine().executor.replays is None
+
+
 def test_auto_goes_by_the_size_of_a_step_and_says_why(make_engine):
     engine = make_engine(task__model__hidden=[400, 400], execution__executor="auto")
     assert type(engine.executor).__name__ == "Sequential"
