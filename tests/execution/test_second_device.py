@@ -141,10 +141,11 @@ def test_the_host_waits_as_often_for_few_clients_and_steps_as_for_many(make_ther
 def test_stacked_clients_cost_the_host_what_one_does(make_there, plugin):
     """Launches too, whether or not they send masks of their own; the round is of two epochs."""
     changes = {"execution__executor": "vectorised", "task__dataset__train": 240, "federation__clients": 12}
+    changes["task__dataset__seed"] = 1  # in both rounds the mask does the same, which shows in the waits
     few = cost(make_there, plugin, federation__clients_per_round=3, **changes)
     many = cost(make_there, plugin, federation__clients_per_round=12, **changes)
-    # a mask that moved or did not makes another round's bookkeeping: by far less than the 9 further clients'
-    assert many[0] < few[0] + 9
+    assert many[0] <= few[0]
+    # a mask that moved or did not makes another round's bookkeeping: by far less than a client's
     assert many[1] < few[1] * 1.1
 
 

@@ -256,10 +256,10 @@ def test_feddst_invariants_5_12_ref_and_quirk_9_2_density_leaks(make_engine):
 
 @pytest.mark.parametrize("variant", ["released", "paper"])
 def test_feddst_quirk_9_1_growth_is_nullified_by_the_server(make_engine, watch, variant):
-    """Of the positions that any client grew, the released variant's server keeps few.
+    """Of the positions that any client grew, the released variant's server keeps next to none.
 
-    Next to none in large networks. In this one a layer can have fewer nonzero weights than its budget, and
-    then zeros stay: over ten data sets 1 to 21 % of what grew, of the paper's variant 36 to 50 %.
+    On data where layers have about as many nonzero weights as their budget: else zeros stay in a network as
+    small as this one (1 to 21 % of what grew over ten data sets; of the paper's variant 36 to 50 %).
     """
     engine = make_engine(
         "feddst",
@@ -269,6 +269,7 @@ def test_feddst_quirk_9_1_growth_is_nullified_by_the_server(make_engine, watch, 
         sparsity__allocation="scaled",
         federation__local_epochs=3,
         federation__rounds=20,
+        task__dataset__seed=2,
     )
     watched, state = watch(engine), engine.start()
     reports = engine.rounds(state)
@@ -279,7 +280,7 @@ def test_feddst_quirk_9_1_growth_is_nullified_by_the_server(make_engine, watch, 
     trained = [c.params[n][c.mask[n] & ~before[n]].any() for c in uploaded for n in before]
     assert any(trained) == (variant == "paper")  # in the released one all arrive as zeros
     assert total(grown) > 50
-    assert survived <= 0.28 * total(grown) if variant == "released" else survived > 0.28 * total(grown)
+    assert survived <= 0.05 * total(grown) if variant == "released" else survived >= 0.25 * total(grown)
 
 
 def test_feddst_quirk_9_9_the_readme_s_fedavg_is_rewired(make_engine):
