@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink, linear, pad
+from torch.nn.functional import linear, pad
 from torch.overrides import TorchFunctionMode
 
 from .ledger import PassDensity
 from .loss import ClientLoss, ModelLoss
 from .recording import operation
 from .schedule import share
-from .selection import by_numpy, kth_largest, readable
+from .selection import by_numpy, keep_from, kth_largest, readable
 from .state import Batch, Carry, Params
 
 FLOOR = 1e-7  # fraction of the inputs that a layer without weights keeps
@@ -181,24 +181,21 @@ def _largest_on_host(
     inputs: Tensor, weight: Tensor, held: Tensor | None, density: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """`largest_inputs` of one client, by numpy, which takes half the time of torch's small operations."""
-    least, quick = _UNSET if held is None else held.item(), by_numpy(inputs)
+    if not by_numpy(inputs):  # exact in float32
+        own = None if held is None else held.float()
+        kept, own = _largest_on_host(inputs.float(), weight, own, density)
+        return kept.to(inputs.dtype), own if own is None or held is None else own.to(held.dtype)
+    values, least = inputs.numpy(), np.float32(_UNSET) if held is None else held.numpy()
     if least < 0:
         # NaN counts, and the contracts speak of it
-        nonzero, total = int(np.count_nonzero(weight.bool().numpy())), inputs.numel()
-        count = kept_count(nonzero, total, weight.numel(), density)
-        if quick:
-            least = float(np.sort(np.abs(inputs.numpy()), axis=None)[total - count])
-        else:
-            least = kth_largest(inputs.abs(), count).item()
+        nonzero, size = int(np.count_nonzero(weight.bool().numpy())), weight.numel()
+        ordered = np.abs(values).ravel("K")
+        ordered.sort()
+        least = ordered[values.size - kept_count(nonzero, values.size, size, density)]
         # a dense layer prunes nothing, and leaves its threshold open
-        if held is not None and nonzero < weight.numel():
+        if held is not None and nonzero < size:
             held = held.new_tensor(least)
-    # hardshrink keeps what is above its bound; `where` is ten times slower
-    if quick:
-        kind = inputs.numpy().dtype.type
-        return hardshrink(inputs, float(np.nextafter(kind(least), kind(0)))), held
-    bound = torch.nextafter(inputs.new_tensor(least), inputs.new_tensor(0.0))
-    return hardshrink(inputs, bound.item()), held
+    return keep_from(inputs, least), held
 
 
 @operation
@@ -207,20 +204,17 @@ def _largest_of_each(
 ) -> tuple[Tensor, Tensor]:
     """`largest_inputs` of stacked clients by numpy, and the thresholds of all."""
     values, clients, size = inputs.numpy(), len(inputs), weights[0].numel()
-    magnitudes = np.abs(values)
     before = np.full(clients, _UNSET, values.dtype) if held is None else held.numpy()
     least = after = before
     if (before < 0).any():
         nonzero = np.count_nonzero(weights.bool().numpy().reshape(clients, size), axis=1)
-        ordered = np.sort(magnitudes.reshape(clients, -1), axis=1)
+        ordered = np.abs(values).reshape(clients, -1)
+        ordered.sort(axis=1)
         total = ordered.shape[1]
         found = ordered[range(clients), total - kept_count(nonzero, total, size, density)]
         least = np.where(before < 0, found, before)
         after = np.where((before < 0) & (nonzero == size), before, least)
-    kept = magnitudes >= least.reshape(clients, *[1] * (values.ndim - 1))
-    with np.errstate(invalid="ignore"):  # infinity times 0
-        pruned = np.multiply(values, kept, out=np.empty_like(values))
-    return torch.from_numpy(pruned), torch.from_numpy(after.copy())
+    return keep_from(inputs, least), torch.from_numpy(after.copy())
 
 
 class _Stacked(torch.autograd.Function):
@@ -278,6 +272,8 @@ def kept_count(nonzero: Any, total: int, size: int, density: float | None) -> An
     if density is not None:
         return max(total - share(total, 1 - density), floor)
     count = (nonzero * total + size - 1) // size  # ceil(density of the weight · total), in integers
+    if isinstance(count, int):
+        return max(count, floor)
     return count.clamp_min(floor) if isinstance(count, Tensor) else np.maximum(count, floor)
 
 

@@ -127,13 +127,13 @@ class Contracts:
             trouble = f"parameter {name!r} holds NaN or infinity; a lower learning rate may help{hint}"
             count.forbid(total, trouble)
             if name in mask:
-                off = _nonzero(value * (~mask[name]).view(torch.uint8))
+                off = (value.bool() > mask[name]).count_nonzero()
                 count.forbid(
                     off,
                     f"{name!r}: {{count}} of {value.numel()} weights are not 0 off the mask (allowed: 0)",
                 )
             if frozen and held and name in frozen:
-                moved = _nonzero((value - held[name]) * frozen[name].view(torch.uint8))
+                moved = ((value - held[name]).bool() & frozen[name]).count_nonzero()
                 count.forbid(moved, f"{name!r}: {{count}} frozen values changed (allowed: 0)")
         if later:
             self.open.append((where, count.messages, torch.stack(count.counts)))
@@ -253,11 +253,6 @@ def _judge(found: Sequence[tuple[Where, list[str], Tensor]]) -> None:
         for message in messages:
             if (count := next(counts)) != 0:  # also true for NaN
                 raise where.breach(message.replace("{count}", f"{count:.0f}"))
-
-
-def _nonzero(values: Tensor) -> Tensor:
-    """How many values are not 0, which are overwritten; on CPUs several times as fast as `count_nonzero`."""
-    return values.sign_().abs_().sum()
 
 
 def _kind(value: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from . import rng
 from .budget import Budget
 from .functional import is_stacked
 from .recording import operation
-from .selection import by_numpy, kth_largest
+from .selection import by_numpy, keep_from, kth_largest, select
 from .state import Masks, Params, Scores
 
 
@@ -31,9 +31,8 @@ def largest(score: Tensor, count: int) -> Tensor:
         return torch.ones_like(score, dtype=torch.bool)
     if by_numpy(score):
         return _largest_of_each(score.detach()[None], count)[0]
-    if is_stacked({"score": score}) and score.is_cpu and not torch.compiler.is_compiling():
-        chosen: Tensor = _Stacked.apply(score.detach(), count)
-        return chosen
+    if _on_host(score):
+        return cast(Tensor, _Stacked.apply(largest, _largest_of_each, score.detach(), count))
     flat = score.detach().flatten()
     threshold = kth_largest(flat, count)
     above, tied = flat > threshold, flat == threshold
@@ -52,39 +51,61 @@ def _largest_of_each(scores: Tensor, count: int) -> Tensor:
     return torch.from_numpy(chosen).view(scores.shape)
 
 
+OfCount = Callable[[Tensor, int], Tensor]
+
+
 class _Stacked(torch.autograd.Function):
-    """`largest` of stacked clients on a CPU."""
+    """A function of a tensor and a count of stacked clients on a CPU: by numpy, over all of them."""
 
     @staticmethod
-    def forward(score: Tensor, count: int) -> Tensor:
-        return largest(score, count)
+    def forward(of_one: OfCount, of_each: OfCount, values: Tensor, count: int) -> Tensor:
+        return of_one(values, count)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, score: Tensor, count: int) -> tuple[Tensor, int]:
-        score = score.movedim(in_dims[0], 0)
-        if by_numpy(score):
-            return _largest_of_each(score, count), 0
-        return torch.stack([largest(own, count) for own in score]), 0  # of another vmap's, or bfloat16
+    def vmap(
+        info: Any, in_dims: Any, of_one: OfCount, of_each: OfCount, values: Tensor, count: int
+    ) -> tuple[Tensor, int]:
+        values = values.movedim(in_dims[2], 0)
+        if by_numpy(values):
+            return of_each(values, count), 0
+        return torch.stack([of_one(own, count) for own in values]), 0  # of another vmap's, or bfloat16
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return (None,) * 4
+
+
+def _on_host(values: Tensor) -> bool:
+    """Whether these are stacked clients' on a CPU."""
+    return is_stacked({"values": values}) and values.is_cpu and not torch.compiler.is_compiling()
 
 
 @operation
 def keep_largest(values: Tensor, count: int) -> Tensor:
-    """`values` with zeros off the mask of the `count` largest magnitudes."""
-    kept = largest(values.abs(), count)
-    if not by_numpy(values):
-        return values * kept
-    numbers = values.detach().numpy()
-    with np.errstate(invalid="ignore"):  # infinity times 0
-        # torch takes several times as long
-        return torch.from_numpy(np.multiply(numbers, kept.numpy(), out=np.empty_like(numbers)))
+    """`values` with zeros off the mask of the `count` largest magnitudes; has no gradient."""
+    values = values.detach()
+    if 0 < count < values.numel():
+        if by_numpy(values):
+            return _keep_largest_of_each(values[None], count)[0]
+        if _on_host(values):
+            return cast(Tensor, _Stacked.apply(keep_largest, _keep_largest_of_each, values, count))
+    return values * largest(values.abs(), count)
+
+
+@operation
+def _keep_largest_of_each(values: Tensor, count: int) -> Tensor:
+    """`keep_largest` of each row, by numpy; where none has a tie at its bound that alone will do."""
+    ordered = np.abs(values.numpy()).reshape(len(values), -1)
+    place = ordered.shape[1] - count
+    select(ordered, place)
+    least = ordered[:, place]
+    if ((least == 0) | (ordered[:, :place].max(axis=1) < least)).all():  # false of NaN, too
+        return keep_from(values, least)
+    return values * _largest_of_each(values.abs(), count)
 
 
 def by_budget(scores: Scores, budget: Budget) -> Masks:

@@ -90,8 +90,8 @@ def _foreach(
 
 def _moved(param: Tensor, direction: Tensor, mask: Tensor, lr: float) -> Tensor:
     """param - lr·direction where the mask is on; products by bools or bytes take 2 to 6 times as long."""
-    step = mask.view(torch.uint8).to(direction.dtype).mul_(direction)
-    return torch.add(param, step, alpha=-lr, out=step)
+    step = mask.view(torch.uint8).to(direction.dtype)
+    return torch.addcmul(param, step, direction, value=-lr, out=step)
 
 
 def _elementwise(

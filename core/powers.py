@@ -33,21 +33,33 @@ def with_slopes(params: Params, exponents: Params) -> tuple[Params, Params]:
 @operation
 def _with_slopes(thetas: list[Tensor], exponents: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Of one client, or of stacked ones with an exponent each."""
-    both = [_one(theta, exponent) for theta, exponent in zip(thetas, exponents, strict=True)]
+    by_numpy = readable(*thetas, *exponents)
+    both = [
+        _fourth_roots(theta.detach().numpy())
+        if by_numpy and theta.dtype == torch.float32 and _all(exponent, 1.25)
+        else _powers(theta, exponent)
+        for theta, exponent in zip(thetas, exponents, strict=True)
+    ]
     return [weight for weight, _ in both], [slope for _, slope in both]
 
 
-def _one(theta: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
-    if not readable(theta, exponent) or theta.dtype != torch.float32 or (exponent != 1.25).any():
-        exponent = exponent.view(exponent.shape + (1,) * (theta.dim() - exponent.dim()))
-        powers = theta.abs().pow(exponent - 1)
-        return theta * powers, powers * exponent
-    values = theta.detach().numpy()
-    # torch's square root is several times slower where many entries are 0
+def _powers(theta: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
+    exponent = exponent.view(exponent.shape + (1,) * (theta.dim() - exponent.dim()))
+    powers = theta.abs().pow(exponent - 1)
+    return theta * powers, powers * exponent
+
+
+def _fourth_roots(values: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+    """`_powers` for the exponent 1.25; torch's square root is several times slower where many are 0."""
     root = np.abs(values)
     np.sqrt(np.sqrt(root, out=root), out=root)
     weight = values * root
     return torch.from_numpy(weight), torch.from_numpy(np.multiply(root, np.float32(1.25), out=root))
+
+
+def _all(exponent: Tensor, value: float) -> bool:
+    """Whether this is every client's exponent; quick where there is one, as for each small layer."""
+    return bool((exponent == value).all() if exponent.dim() else exponent.item() == value)
 
 
 class _Stacked(torch.autograd.Function):

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from .functional import is_stacked
 from .recording import operation
+
+Array = np.ndarray[Any, Any]
 
 _FEW = 1 << 15  # values up to which a device selects faster than it sorts
 
@@ -47,6 +50,31 @@ def kth_largest(values: Tensor, k: int | Tensor) -> Tensor:
 def by_numpy(values: Tensor) -> bool:
     """Whether numpy may work on the values."""
     return readable(values) and values.dtype != torch.bfloat16  # which numpy lacks
+
+
+def select(magnitudes: Array, place: int) -> None:
+    """Orders each row so far that its entry of rank `place` (0 for the smallest) stands there.
+
+    None before it is larger. numpy's selection takes half the time of its sort, but 30 times as long among
+    many zeros.
+    """
+    if 8 * np.count_nonzero(magnitudes != 0) < 7 * magnitudes.size:
+        magnitudes.sort(axis=-1)
+    else:
+        magnitudes.partition(place, axis=-1)
+
+
+def keep_from(values: Tensor, least: Array | np.floating[Any]) -> Tensor:
+    """`values` on a CPU, 0 where their magnitude is below `least`, which is one number or one a row.
+
+    `where` takes ten times as long.
+    """
+    if least.size == 1:  # hardshrink keeps what is above its bound
+        return hardshrink(values, np.nextafter(least, least.dtype.type(0)).item())
+    numbers = values.numpy()
+    kept = np.abs(numbers) >= least.reshape(-1, *[1] * (numbers.ndim - 1))
+    with np.errstate(invalid="ignore"):  # infinity times 0
+        return torch.from_numpy(np.multiply(numbers, kept, out=np.empty_like(numbers)))
 
 
 def _at(flat: Tensor, k: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from fedsparse.core import masks
-from fedsparse.core.selection import kth_largest, readable
+from fedsparse.core.selection import kth_largest, readable, select
 
 
 def drawn(kind: str, size: int = 5000) -> torch.Tensor:
@@ -112,3 +113,46 @@ def test_ranks_may_be_stacked_alone() -> None:
     values, ranks = drawn("normal"), torch.tensor([1, 7, 5000])
     found = torch.func.vmap(lambda k: kth_largest(values, k))(ranks)
     assert torch.equal(found, values.sort(descending=True).values[ranks - 1])
+
+
+FLOATS = [kind for kind in KINDS if kind != "integers"]
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+def test_what_keep_largest_keeps_is_the_mask_of_the_largest(kind: str) -> None:
+    """Of one client and of stacked ones, with ties at the bound and without, however they lie in memory."""
+    values = drawn(kind, 4096).view(4, 16, 8, 8)
+    for own in (values, values.to(memory_format=torch.channels_last), values.transpose(0, 1)):
+        for count in (0, 1, 17, 2048, 3000, 4095, 4096):
+            expected = torch.where(masks.largest(own.abs(), count), own, 0.0)
+            kept = masks.keep_largest(own, count)
+            assert kept.dtype == own.dtype
+            assert torch.equal(kept.nan_to_num(), expected.nan_to_num())
+    for count in (1, 17, 500, 1023):
+        stacked = torch.func.vmap(lambda own, count=count: masks.keep_largest(own, count))(values)
+        each = [masks.keep_largest(own, count) for own in values]
+        assert torch.equal(stacked.nan_to_num(), torch.stack(each).nan_to_num())
+
+
+def test_keep_largest_of_some_clients_with_ties_and_some_without() -> None:
+    torch.manual_seed(0)
+    values = torch.stack([torch.randn(100), torch.full((100,), -2.0), torch.zeros(100), torch.randn(100)])
+    kept = torch.func.vmap(lambda own: masks.keep_largest(own, 20))(values)
+    assert kept.count_nonzero(1).tolist() == [20, 20, 0, 20]
+    assert kept[1].nonzero().flatten().tolist() == list(range(20))  # the lower index wins
+
+
+def test_keep_largest_hands_nan_on() -> None:
+    for count in (1, 2, 3):
+        assert masks.keep_largest(torch.tensor([1.0, math.nan, 2.0, -3.0]), count).isnan().any()
+
+
+@pytest.mark.parametrize("kind", ["normal", "magnitudes", "many zeros", "few values", "one value", "double"])
+def test_select_puts_the_ranked_entry_in_its_place(kind: str) -> None:
+    rows = drawn(kind, 6000).abs().view(3, 2000).numpy()
+    for place in (0, 1, 999, 1500, 1999):
+        selected = rows.copy()
+        select(selected, place)
+        assert (selected[:, place] == np.sort(rows, axis=1)[:, place]).all()
+        assert (selected[:, : place + 1].max(axis=1) == selected[:, place]).all()
+        assert (np.sort(selected, axis=1) == np.sort(rows, axis=1)).all()
