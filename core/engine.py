@@ -194,11 +194,12 @@ class Engine:
             clock.rounds,
         )
         free = masks.movable(state.mask, state.frozen)
-        counts = masks.active(free)
+        counts, still = masks.counted(free, state.frozen)
         free = {name: m for name, m in free.items() if counts[name] < m.numel()}
+        frozen = {name: f for name, f in state.frozen.items() if still[name]}
         broadcast = state.memory.get("aggregate", {}).get("broadcast", {})
         drop = self.config.faults.non_finite == "drop"
-        return Plan(state, budget, clock, free, self.config.sparsity.target, rate, broadcast, drop)
+        return Plan(state, budget, clock, free, frozen, self.config.sparsity.target, rate, broadcast, drop)
 
     def aggregate(self, state: ServerState, uploads: Uploads, budget: Budget) -> None:
         """The next global model; buffers are averaged, frozen values kept to the bit."""

@@ -40,8 +40,8 @@ def keep_largest(params: Params, mask: Masks, frozen: Masks, budget: Budget, dro
     """
     score = {}
     for layer in budget.layers:
-        active = torch.where(mask[layer.name], params[layer.name].abs(), -1.0)
-        score[layer.name] = active.masked_fill(frozen[layer.name], math.inf)
+        active = masks.where(mask[layer.name], params[layer.name].abs(), -1.0)
+        score[layer.name] = masks.where(~frozen[layer.name], active, math.inf)
     if budget.counts is None:
         ranked = torch.cat([entry.flatten() for entry in score.values()])
         largest = masks.largest(ranked, budget.total - share(budget.total, dropped))

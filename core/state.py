@@ -164,6 +164,8 @@ def row_on(device: torch.device | str, row: Memory, copy: bool = False) -> Memor
 
     To or from a GPU its tensors are sent as one of a type, so that the host waits once, not for each.
     """
+    if not row:
+        return {}
     leaves, form = pytree.tree_flatten(row)
     device, together = torch.device(device), dict[torch.dtype, list[int]]()
     for at, leaf in enumerate(leaves):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -55,9 +54,9 @@ class GlobalTopK(Part):
     @hookimpl
     def readjust(self, params: Params, mask: Masks, frozen: Masks, budget: Budget) -> Readjusted:
         protected = dict(frozen)
-        for name, active in mask.items():
+        for name, active in mask.items() if self.floor else ():
             least = share(active.numel(), self.floor * (1 - budget.sparsity))
-            ranked = torch.where(active, params[name].abs(), -1.0)
+            ranked = masks.where(active, params[name].abs(), -1.0)
             protected[name] = frozen[name] | (masks.largest(ranked, least) & active)
         kept = masks.global_top(params, mask, budget, protected)
         return Readjusted(masks.apply(params, kept), kept, {})

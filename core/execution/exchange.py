@@ -25,6 +25,9 @@ class Plan:
     budget: Budget
     clock: Clock
     trainable: Masks
+    """what local steps may move; only tensors with something that they may not"""
+    frozen: Masks
+    """the server's frozen set; only tensors with something in it"""
     target: float
     lr: float
     broadcast: Params = field(default_factory=dict)

@@ -108,7 +108,7 @@ class Sequential(Executor):
 
     def readjust(self, plan: Plan, client: Client, clock: Clock, batches: Sequence[Batch]) -> None:
         """Moves the client's mask."""
-        state, score = plan.state, {}
+        score = {}
         if self.needs_score:
             score = self.score(plan, client, clock, batches)
         key = torch.full((), self.readjust_key(clock, client.number), device=self.task.device)
@@ -117,12 +117,12 @@ class Sequential(Executor):
             where = self.hooks.where("readjust")
             self.contracts.parameters(where, moved.params)
             self.contracts.mask(where, moved.mask)
-            self.contracts.frozen(where, state.frozen, moved.mask)
-            self.contracts.values(where, moved.params, moved.mask, state.frozen, state.params)
+            self.contracts.frozen(where, plan.frozen, moved.mask)
+            self.contracts.values(where, moved.params, moved.mask, plan.frozen, plan.state.params)
             self.contracts.budget(where, moved.mask, plan.budget, self.hooks.promise("readjust"))
         client.carry = cleared(client, moved)
         client.params, client.mask = moved.params, moved.mask
-        client.trainable = self.layout.params(masks.movable(client.mask, state.frozen))
+        client.trainable = self.layout.params(masks.movable(client.mask, plan.frozen))
 
     def upload(self, plan: Plan, client: Client, uploads: Uploads) -> None:
         """Adds the client's contribution, charges it, and keeps its row."""

@@ -277,9 +277,8 @@ class Executor(ABC):
             where, state = self.hooks.where("local_step"), plan.state
             # tensors that train whole have nothing to hold still
             bound = {n: m for n, m in mask.items() if n in plan.trainable or m is not state.mask[n]}
-            frozen = {n: f for n, f in state.frozen.items() if n in plan.trainable}
             later = later and self.task.device.type != "cpu"
-            self.contracts.values(where, params, bound, frozen, state.params, later)
+            self.contracts.values(where, params, bound, plan.frozen, state.params, later)
 
     def sound(self, model: Iterable[Tensor], loss: Tensor) -> Tensor:
         """Whether loss and model are finite, as in `finite`; the model as it would be sent."""
@@ -317,7 +316,7 @@ class Executor(ABC):
         """The contract of parts that change uploads, for one client or for stacked ones."""
         if self.contracts and self.hooks.has_extra("upload"):
             where, state = self.hooks.where_extra("upload"), plan.state
-            self.contracts.values(where, params, mask, state.frozen, state.params)
+            self.contracts.values(where, params, mask, plan.frozen, state.params)
 
     def contribution(self, plan: Plan, client: Client, weight: Tensor) -> Sums:
         """What the client adds to the sums."""
@@ -400,14 +399,18 @@ def apart(clients: Sequence[int], size: int) -> Iterator[list[int]]:
 
 def cleared(client: Client, moved: Readjusted) -> Carry:
     """The carry with optimiser state zero wherever the client's mask or value changed."""
-    changed = {
-        name: (moved.mask[name] != client.mask[name]) | (moved.params[name] != client.params[name])
-        for name in client.mask
-    }
+    found: Masks = {}
+
+    def changed(name: str) -> Tensor:
+        if name not in found:
+            found[name] = moved.mask[name] != client.mask[name]
+            found[name] |= moved.params[name] != client.params[name]
+        return found[name]
+
     state = {
         kind: {
-            name: torch.where(changed[name], 0, value)
-            if name in changed and value.shape == changed[name].shape
+            name: masks.where(~changed(name), value, 0)
+            if name in client.mask and value.shape == client.mask[name].shape
             else value
             for name, value in entries.items()
         }

@@ -1,5 +1,7 @@
 """Mask arithmetic: tie rules, counts, and the worked examples of the method documents."""
 
+import math
+
 import pytest
 import torch
 
@@ -113,3 +115,36 @@ def test_mask_arithmetic_under_vmap_equals_the_loop():
         alone = client({"w": stacked["w"][index]}, {"w": kept["w"][index]}, {"w": score["w"][index]})
         for a, b in zip(alone, together, strict=True):
             assert torch.equal(a, b[index])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("other", [0, -1.0, math.inf])
+def test_where_is_torchs(dtype, other):
+    """Bit by bit, whatever the values are and however they lie in memory."""
+    torch.manual_seed(0)
+    values = torch.randn(6, 5, 4, 3).to(dtype)
+    if dtype.is_floating_point:
+        values[0, 0, 0] = torch.tensor([math.nan, -math.inf, -0.0])
+    mask = torch.rand(values.shape) < 0.5
+    mask[0, 0, 0] = torch.tensor([False, False, True])
+    for flags in (mask, mask.contiguous(memory_format=torch.channels_last)):
+        for own in (values, values.contiguous(memory_format=torch.channels_last)):
+            expected, found = torch.where(flags, own, other), masks.where(flags, own, other)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(found.signbit(), expected.signbit())
+    for dims in ((0, 0), (None, 0), (0, None)):
+        of = [
+            tensor if dim is not None else tensor[0] for tensor, dim in zip((mask, values), dims, strict=True)
+        ]
+        made = torch.func.vmap(lambda flags, own: masks.where(flags, own, other), in_dims=dims)(*of)
+        torch.testing.assert_close(made, torch.where(*of, other), rtol=0, atol=0, equal_nan=True)
+
+
+def test_where_hands_gradients_on():
+    values, mask = torch.randn(4, requires_grad=True), torch.tensor([True, False, True, False])
+    masks.where(mask, values, 0.0).sum().backward()
+    assert values.grad.tolist() == [1, 0, 1, 0]
+    slopes = torch.func.vmap(torch.func.grad(lambda own: masks.where(mask, own, 0.0).sum()))(
+        torch.randn(3, 4)
+    )
+    assert slopes.tolist() == [[1, 0, 1, 0]] * 3
