@@ -80,6 +80,8 @@ class Engine:
             where = self.hooks.where("mask_init")
             self.contracts.mask(where, mask)
             self.contracts.budget(where, mask, budget, self.hooks.promise("mask_init"))
+        if self.hooks.takes("mask_init", "probe"):
+            mask = self.workers.same(mask)  # gradients of two GPUs may differ in the last bit
         masked = masks.apply(params, mask)
         if self.config.sparsity.rescale_init:
             masked |= {name: masks.rescaled(params[name], masked[name]) for name in mask}
@@ -261,8 +263,10 @@ class Engine:
 
     def keep_best(self, state: ServerState, accuracy: float) -> None:
         """Remembers the evaluated model, if it is the best and the freeze policy may go back to it."""
-        wanted = self.hooks.takes("freeze", "best")
-        if wanted and accuracy > state.memory.get("best", {"accuracy": -1.0})["accuracy"]:
+        if not self.hooks.takes("freeze", "best"):
+            return
+        accuracy = self.workers.from_first(accuracy)  # as with `same` masks
+        if accuracy > state.memory.get("best", {"accuracy": -1.0})["accuracy"]:
             best = Best(state.round, accuracy, state.params, state.buffers, state.mask)
             state.memory["best"] = best._asdict()
 

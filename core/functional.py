@@ -87,3 +87,13 @@ def is_stacked(tensors: Mapping[Any, Tensor]) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is None:  # outside both, at a hundredth of the cost
         return False
     return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors.values())
+
+
+def differentiated(tensor: Tensor) -> bool:
+    """Whether a gradient or a tangent of it may be asked for, by any transformation or by `backward`."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.requires_grad or torch.autograd.forward_ad._current_level >= 0

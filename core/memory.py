@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-_TEXTS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_TEXTS = (
+    *("DefaultCPUAllocator", "CUDA error: out of memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+)
 
 
 def out_of_memory(error: BaseException | None) -> bool:

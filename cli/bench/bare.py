@@ -32,6 +32,8 @@ class Bare:
     pass and a few operations in place. Images are normalised once and for all. Dropout draws its own stream.
     """
 
+    captures = False
+
     def __init__(self, config: RunConfig, task: Task, workers: Workers) -> None:
         if task.augment != "none":
             raise ConfigError([Problem("task.augment", "the plain loop of bench has none; set 'none'")])

@@ -11,6 +11,8 @@ import torch
 from ...core.config import Layer
 from ...core.engine import Engine
 from ...core.errors import FedsparseError
+from ...core.execution.graph import Graph
+from ...core.layout import choose_layout
 from ...core.ledger import Ledger, OwnMask, Passed
 from ...core.resolve import Resolved, resolve
 from ...core.state import Masks, Params
@@ -24,6 +26,9 @@ NEVER = 1_000_000_000  # rounds between evaluations
 class Contender(Protocol):
     """Plays the rounds of a work, one call each, with numbers from 0."""
 
+    captures: bool
+    """whether it trains by CUDA graphs"""
+
     def round(self, number: int) -> None:
         """One round."""
 
@@ -35,9 +40,13 @@ class OnEngine:
         # one copy of data and network for all contenders; what is prunable is the method's own
         layers = prunable_layers(task.model, resolved.config.sparsity)
         task = replace(task, layers=layers, federation=resolved.config.federation)
+        layout = choose_layout(resolved.config.execution.channels_last, task.model, task.device)
+        if layout != task.layout:
+            task = replace(task, layout=layout, dataset=task.dataset.arranged(layout))
         self.engine = Engine(resolved, task)
         if not ledger:
             self.engine.ledger = self.engine.executor.ledger = NoLedger({}, {}, {})
+        self.captures = isinstance(self.engine.executor, Graph)
         self.state = self.engine.start()
 
     def round(self, number: int) -> None:
@@ -121,6 +130,7 @@ def gather(
         add(f"fedavg, {kind}", **dense, execution__executor=kind)
     if executors and task.device.type == "cuda":
         add("fedavg, graph, compiled", **dense, execution__executor="graph", execution__compile=True)
+        add("fedavg, channels last", **dense, execution__channels_last="on")
     for method in methods:
         add(method, method, sparsity__target=SPARSITY)
     return found, refused

@@ -32,7 +32,8 @@ def floor(task: Task, precision: str, rounds: Sequence[int], workers: int) -> di
     macs = sum(forward_macs(task.model, task.dataset.input_shape, ()).values())
     parameters = sum(p.numel() for p in task.model.parameters())
     flops = 6 * macs * samples / len(rounds)
-    moved = 4 * (3 * parameters * steps + 2 * task.activations() * samples) / len(rounds)
+    width = 2 if precision == "bfloat16" else 4  # of activations; parameters stay in float32
+    moved = (12 * parameters * steps + 2 * width * task.activations() * samples) / len(rounds)
     peak, bandwidth = _product(task.device, precision), _copy(task.device)
     return {
         "flops": flops,

@@ -38,12 +38,13 @@ def measure(work: str, plan: Plan) -> dict[str, Any]:
     task = tasks.build(resolved.config)
     contenders, refused = gather(work, task, plan.methods, plan.executors)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    memory = dict.fromkeys(contenders, 0)
+    # what a graph computes with lies in a pool of its own, and is in no peak
+    memory: dict[str, int | None] = {name: None if one.captures else 0 for name, one in contenders.items()}
     for number in range(plan.repeats + 1):
         for name, contender in list(contenders.items()):
             try:
                 taken, peak = _timed(name, contender, number, task.device, me)
-            except RunError as error:
+            except (RunError, torch.OutOfMemoryError) as error:
                 if me.size > 1 or name in BASES:
                     raise
                 refused[name] = str(error)  # alone, the others go on without it
@@ -51,7 +52,8 @@ def measure(work: str, plan: Plan) -> dict[str, Any]:
                 continue
             if number:  # round 0 warms up, and captures
                 seconds[name].append(taken)
-                memory[name] = max(memory[name], peak)
+                if (most := memory[name]) is not None:
+                    memory[name] = max(most, peak)
     gpu = task.device.type == "cuda"
     found = {
         "work": work,

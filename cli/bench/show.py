@@ -46,19 +46,24 @@ def bench(
             got["single_round_run"] = None if quick else single_round(work, count)
             figures.append(got)
             show(console, got)
+            if out is not None:  # each time: what ends a later work leaves what there is
+                _write(out, plan, figures)
     if len(counts) > 1:
         console.print("Worker counts were measured one after another: ratios between them are less certain.")
     if out is not None:
-        written = {
-            "versions": versions(),
-            "cores": os.cpu_count(),
-            "repeats": plan.repeats,
-            "sparsity_of_methods": SPARSITY,
-            "interleaved": "all contenders of a work and worker count, round by round",
-            "figures": figures,
-        }
-        out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         console.print(f"Figures: {out}", soft_wrap=True, markup=False)
+
+
+def _write(out: Path, plan: Plan, figures: Sequence[Mapping[str, Any]]) -> None:
+    written = {
+        "versions": versions(),
+        "cores": os.cpu_count(),
+        "repeats": plan.repeats,
+        "sparsity_of_methods": SPARSITY,
+        "interleaved": "all contenders of a work and worker count, round by round",
+        "figures": figures,
+    }
+    out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 def found_works(names: Sequence[str]) -> list[str]:
@@ -114,7 +119,8 @@ def show(console: Console, figures: Mapping[str, Any]) -> None:
         table.add_column(heading, justify="right", overflow="fold")
     for name, row in rows.items():
         texts = [_spread(row, 3), *(_spread(row["ratios"][base], 2) for base in BASES)]
-        table.add_row(name, *texts, *([f"{row['gpu_bytes'] / 1e6:,.0f} MB"] if gpu else []))
+        taken = row.get("gpu_bytes")
+        table.add_row(name, *texts, *(["–" if taken is None else f"{taken / 1e6:,.0f} MB"] if gpu else []))
     console.print(table)
     console.print("Medians (smallest to largest) over rounds; ratios are paired round by round.", style="dim")
     bound, fedavg = figures["floor"], figures["contenders"]["fedavg"]["median"]

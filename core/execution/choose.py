@@ -128,7 +128,10 @@ def fitting(task: Task, parameters: int) -> int:
 def memory(device: torch.device) -> int:
     """Bytes that are free on a GPU; half of what a host has, so that a resumed run stacks as many clients."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # for the next tensors
+        return int(torch.cuda.mem_get_info(device)[0] + kept)
     if "SC_PHYS_PAGES" not in os.sysconf_names:
         return 2**31
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -54,7 +54,10 @@ class Graph(Sequential):
             step = compiled(self.step, self.loss, settings, place) if self.compile else plain
             ready = list(own) if self.whole_batches() else [filled(batch, size) for batch in own]
             keys = self.step_keys(plan, client.number, clock, len(own))
-            given = self.given(plan, client, ready[0], {name: key[0] for name, key in keys.items()})
+            # of a whole minibatch: the form of all clients, also of those who have only a short one
+            given = self.given(
+                plan, client, filled(own[0], size), {name: key[0] for name, key in keys.items()}
+            )
             try:
                 lane.load(pure(step, place), pure(plain, place), given, settings.taken(self.step))
             except CaptureError as error:

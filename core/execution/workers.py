@@ -2,7 +2,8 @@
 
 `launch` starts them on this machine through torch's elastic launcher, one CPU thread or one GPU each;
 `torchrun --no-python fedsparse run …` starts them on several. Every worker runs the same server hooks on the
-same numbers, so nothing is broadcast: a round ends with one flat all-reduce.
+same numbers, so that a round ends with one flat all-reduce; only what follows from sums that each GPU makes
+itself, such as masks by gradients, is the first worker's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from types import FrameType
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from .. import ending
 from ..errors import ConfigError, FedsparseError, Problem, RunError
+from ..state import Masks
 from .exchange import Uploads
 
 OTHER_SIGNALS = "SIGHUP,SIGQUIT"  # that end the launcher; SIGINT and SIGTERM are left to the workers
@@ -38,6 +41,7 @@ USED_GPU = (
     "start them first (in a notebook: restart the kernel), or in a shell: fedsparse run --workers N"
 )
 GRACE = 10.0  # seconds in which a worker that lost another one waits to be ended, so that the other is named
+PATIENCE = timedelta(hours=2)  # of workers with one that has more to do; NCCL's own is ten minutes
 LOOK = 1.0  # seconds between a worker's looks at whether its launcher lives
 
 Value = TypeVar("Value")
@@ -164,6 +168,16 @@ class Workers:
             dist.broadcast_object_list(shared)
         return shared[0]
 
+    def same(self, masks: Masks) -> Masks:
+        """The first worker's masks, for all; each calls it with masks of the same names and shapes."""
+        if self.size == 1:
+            return masks
+        flat = torch.cat([mask.reshape(-1) for mask in masks.values()])
+        with _NamingTheLost():
+            dist.broadcast(flat.view(torch.uint8), 0)
+        parts = torch.split(flat, [mask.numel() for mask in masks.values()])
+        return {name: part.view(masks[name].shape) for name, part in zip(masks, parts, strict=True)}
+
     def wait(self) -> None:
         """Returns when every worker is here."""
         if self.size > 1:
@@ -207,7 +221,7 @@ def join(clients_per_round: int | None = None, device: str = "auto") -> Workers:
         gpu = device != "cpu" and own_device().type == "cuda"
         # one that ends at once, by an error of its own, may leave others half connected
         with _NamingTheLost():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
     me = Workers(dist.get_rank(), dist.get_world_size())
     if clients_per_round is not None:
         refuse_idle(me.size, clients_per_round)

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from fedsparse.cli.bench.bare import Bare
-from fedsparse.cli.bench.contenders import gather, others
+from fedsparse.cli.bench.contenders import OnEngine, configured, gather, others
 from fedsparse.cli.bench.floor import floor
 from fedsparse.cli.bench.measure import single_round
 from fedsparse.cli.bench.show import found_works
@@ -214,6 +214,22 @@ def test_the_floor_counts_the_dense_round(tiny):
     assert found["seconds"] == pytest.approx(
         max(found["flops"] / found["peak_flops_a_second"], found["bytes"] / found["peak_bytes_a_second"]) / 2
     )
+
+
+def test_the_floor_counts_activations_in_their_width(tiny):
+    resolved = resolve("fedavg", [tiny], sets=["federation.local_epochs=1"])
+    made = task.build(resolved.config)
+    narrow, wide = (floor(made, precision, [1], workers=1)["bytes"] for precision in ("bfloat16", "float32"))
+    samples = sum(len(made.partition.train_of(c)) for c in made.clients(1))
+    assert wide - narrow == 2 * 2 * made.activations() * samples  # written and read, 2 bytes less each
+
+
+def test_a_contender_of_another_layout_has_its_own_images(tiny):
+    made = task.build(resolve("fedavg", [tiny], sets=["execution.channels_last=off"]).config)
+    other = OnEngine(configured(tiny, execution__channels_last="on"), made).engine.task
+    assert (made.layout.channels_last, other.layout.channels_last) == (False, True)
+    assert other.dataset.train_inputs.is_contiguous(memory_format=torch.channels_last)
+    assert not made.dataset.train_inputs.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_large_works_for_gpus_are_measured_where_one_is_or_by_name(monkeypatch):

@@ -7,6 +7,7 @@ import torch
 
 from fedsparse.core import masks, rng
 from fedsparse.core.budget import Budget, Layer
+from fedsparse.core.recording import record
 
 
 def one_layer(sparsity, shape=(3, 4), name="w"):
@@ -118,15 +119,16 @@ def test_mask_arithmetic_under_vmap_equals_the_loop():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64])
-@pytest.mark.parametrize("other", [0, -1.0, math.inf])
-def test_where_is_torchs(dtype, other):
-    """Bit by bit, whatever the values are and however they lie in memory."""
+@pytest.mark.parametrize("other", [0, -0.0, -1.0, math.inf])
+@pytest.mark.parametrize("size", [5, 50])  # few and many are chosen in two ways
+def test_where_is_torchs(dtype, other, size):
+    """To the sign of zero, whatever the values are and however they lie in memory."""
     torch.manual_seed(0)
-    values = torch.randn(6, 5, 4, 3).to(dtype)
+    values = torch.randn(6, size, 4, 3).to(dtype)
     if dtype.is_floating_point:
         values[0, 0, 0] = torch.tensor([math.nan, -math.inf, -0.0])
     mask = torch.rand(values.shape) < 0.5
-    mask[0, 0, 0] = torch.tensor([False, False, True])
+    mask[0, 0, 0] = torch.tensor([True, False, True])
     for flags in (mask, mask.contiguous(memory_format=torch.channels_last)):
         for own in (values, values.contiguous(memory_format=torch.channels_last)):
             expected, found = torch.where(flags, own, other), masks.where(flags, own, other)
@@ -140,11 +142,33 @@ def test_where_is_torchs(dtype, other):
         torch.testing.assert_close(made, torch.where(*of, other), rtol=0, atol=0, equal_nan=True)
 
 
-def test_where_hands_gradients_on():
-    values, mask = torch.randn(4, requires_grad=True), torch.tensor([True, False, True, False])
-    masks.where(mask, values, 0.0).sum().backward()
-    assert values.grad.tolist() == [1, 0, 1, 0]
-    slopes = torch.func.vmap(torch.func.grad(lambda own: masks.where(mask, own, 0.0).sum()))(
-        torch.randn(3, 4)
-    )
-    assert slopes.tolist() == [[1, 0, 1, 0]] * 3
+DIFFERENTIATIONS = {
+    "backward": lambda f, x: torch.autograd.grad(f(x.requires_grad_()).sum(), x)[0],
+    "backward of a stack": lambda f, x: torch.autograd.grad(
+        torch.func.vmap(f)(rows := x[None].requires_grad_()).sum(), rows
+    )[0][0],
+    "grad": lambda f, x: torch.func.grad(lambda own: f(own).sum())(x),
+    "grad of each": lambda f, x: torch.func.vmap(torch.func.grad(lambda own: f(own).sum()))(x[None])[0],
+    "grad of a stack": lambda f, x: torch.func.grad(lambda rows: torch.func.vmap(f)(rows).sum())(x[None])[0],
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "jvp of each": lambda f, x: torch.func.vmap(
+        lambda own: torch.func.jvp(f, (own,), (torch.ones_like(own),))[1]
+    )(x[None])[0],
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch's own, of forward mode
+@pytest.mark.parametrize("way", DIFFERENTIATIONS)
+def test_where_hands_gradients_on(way):
+    mask = torch.rand(3000) < 0.5
+    made = DIFFERENTIATIONS[way](lambda own: masks.where(mask, own, 0.0), torch.randn(3000))
+    assert torch.equal(made, mask.float())
+
+
+def test_a_step_that_grows_can_be_recorded():
+    mask, score = {"w": torch.rand(60, 50) < 0.2}, {"w": torch.rand(60, 50)}
+    budget = one_layer(0.5, (60, 50))
+    found = record(lambda given: masks.grow_largest(*given, budget), (mask, score))
+    assert not found.refused
+    other = {"w": torch.rand(60, 50)}
+    assert torch.equal(found.again((mask, other))["w"], masks.grow_largest(mask, other, budget)["w"])

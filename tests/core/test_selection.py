@@ -115,10 +115,7 @@ def test_ranks_may_be_stacked_alone() -> None:
     assert torch.equal(found, values.sort(descending=True).values[ranks - 1])
 
 
-FLOATS = [kind for kind in KINDS if kind != "integers"]
-
-
-@pytest.mark.parametrize("kind", FLOATS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_keep_largest_keeps_is_the_mask_of_the_largest(kind: str) -> None:
     """Of one client and of stacked ones, with ties at the bound and without, however they lie in memory."""
     values = drawn(kind, 4096).view(4, 16, 8, 8)
@@ -128,9 +125,10 @@ def test_what_keep_largest_keeps_is_the_mask_of_the_largest(kind: str) -> None:
             kept = masks.keep_largest(own, count)
             assert kept.dtype == own.dtype
             assert torch.equal(kept.nan_to_num(), expected.nan_to_num())
-    for count in (1, 17, 500, 1023):
-        stacked = torch.func.vmap(lambda own, count=count: masks.keep_largest(own, count))(values)
-        each = [masks.keep_largest(own, count) for own in values]
+    for count, clients in ((1, 4), (17, 1), (500, 4), (1023, 4)):
+        stack = values[:clients]
+        stacked = torch.func.vmap(lambda own, count=count: masks.keep_largest(own, count))(stack)
+        each = [masks.keep_largest(own, count) for own in stack]
         assert torch.equal(stacked.nan_to_num(), torch.stack(each).nan_to_num())
 
 

@@ -86,6 +86,29 @@ def test_two_workers_give_the_results_of_one(make_engine, by_two, plugin):
     assert others[2]["train_loss"] == pytest.approx(metrics["train_loss"], rel=1e-6)
 
 
+def agreed():
+    """Runs in a worker: what each of them has of masks that differ."""
+    me = join()
+    try:
+        masks = {"a": torch.full((2, 3), me.rank == 0), "b": torch.tensor([[me.rank == 1, True]]).T}
+        return me.gathered({name: mask.tolist() for name, mask in me.same(masks).items()})
+    finally:
+        leave()
+
+
+def test_masks_that_differ_become_the_first_workers():
+    assert launch(2, agreed) == [{"a": [[True] * 3] * 2, "b": [[False], [True]]}] * 2
+
+
+@pytest.mark.parametrize(("plugin", "agrees"), [("fedavg", 0), ("snip", 1)])
+def test_workers_agree_on_masks_by_gradients(monkeypatch, make_engine, plugin, agrees):
+    """Two GPUs may sum gradients in another order, and so rank two weights in another."""
+    asked = []
+    monkeypatch.setattr(Workers, "same", lambda self, masks: asked.append(masks) or masks)
+    make_engine(plugin).start()
+    assert len(asked) == agrees
+
+
 def children_of(parent):
     parents = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -310,7 +333,7 @@ def test_workers_of_a_process_that_looked_for_gpus_say_so(monkeypatch):
 
 def test_workers_take_nccl_only_for_gpus_of_their_own(monkeypatch):
     backends, gpus = [], 1
-    monkeypatch.setattr(dist, "init_process_group", backends.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: backends.append(backend))
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
