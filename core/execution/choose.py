@@ -128,10 +128,9 @@ def fitting(task: Task, parameters: int) -> int:
 def memory(device: torch.device) -> int:
     """Bytes that are free on a GPU; half of what a host has, so that a resumed run stacks as many clients."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )  # for the next tensors
-        return int(torch.cuda.mem_get_info(device)[0] + kept)
+        # what PyTorch holds for tensors to come is as good as free
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + held)
     if "SC_PHYS_PAGES" not in os.sysconf_names:
         return 2**31
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

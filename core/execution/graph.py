@@ -55,9 +55,8 @@ class Graph(Sequential):
             ready = list(own) if self.whole_batches() else [filled(batch, size) for batch in own]
             keys = self.step_keys(plan, client.number, clock, len(own))
             # of a whole minibatch: the form of all clients, also of those who have only a short one
-            given = self.given(
-                plan, client, filled(own[0], size), {name: key[0] for name, key in keys.items()}
-            )
+            whole, first = filled(own[0], size), {name: key[0] for name, key in keys.items()}
+            given = self.given(plan, client, whole, first)
             try:
                 lane.load(pure(step, place), pure(plain, place), given, settings.taken(self.step))
             except CaptureError as error:

@@ -382,11 +382,9 @@ class Vectorised(Executor):
             uploads.add(uploads.metrics, {name: value.sum() for name, value in chunk.measured.items()})
             samples = sum(len(self.task.partition.train_of(client.number)) for client in chunk.clients)
             uploads.steps_weight += samples * self.task.federation.local_epochs
-        keeps, received = (
-            self.hooks.get("client_final") is not None,
-            _apart(chunk.received, len(chunk.clients)),
-        )
-        for client, buffers in zip(chunk.each() if keeps else chunk.clients, received, strict=True):
+        received = _apart(chunk.received, len(chunk.clients))
+        clients = chunk.each() if self.hooks.get("client_final") else chunk.clients
+        for client, buffers in zip(clients, received, strict=True):
             self.account(plan, client, buffers, uploads)
 
 

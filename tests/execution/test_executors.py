@@ -335,6 +335,25 @@ def test_a_graph_holds_the_rate_that_a_schedule_moves(make_engine):
     assert_same(*both(make_engine, "feddst", "graph", federation__rounds=4, **changes))
 
 
+def test_a_client_with_one_short_minibatch_needs_no_capture_of_its_own(make_engine, monkeypatch):
+    """SparsyFed fills no minibatch up, so that a short one runs as it is, beside the graph."""
+    loaded, load = [], Lane.load
+
+    def watched(self, step, plain, given, constants):
+        loaded.append(tuple(given.batch.inputs.shape))
+        load(self, step, plain, given, constants)
+
+    monkeypatch.setattr(Lane, "load", watched)
+    everybody = {"federation__clients": 6, "federation__clients_per_round": 6, "federation__batch_size": 16}
+    changes = {"task__partition__use": "dirichlet", "federation__rounds": 2, **everybody}
+    engine = make_engine("sparsyfed", execution__executor="graph", **changes)
+    sizes = [len(engine.task.partition.train_of(c)) for c in range(engine.task.partition.clients)]
+    assert min(sizes) < 16 < max(sizes)
+    list(engine.rounds(engine.start()))
+    assert len(loaded) == 6 * 2 * engine.task.federation.local_epochs
+    assert {shape[0] for shape in loaded} == {16}
+
+
 class Renaming(MaskedSgd):
     """Forgets the momentum that it was given."""
 
